@@ -1,0 +1,62 @@
+"""What every tokenizer answers: media in, tokens out, and back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from ..modalities.errors import InputError
+
+
+class Tokenizer(ABC):
+    """Media <-> tokens.
+
+    A generator reads these properties to know what it must write:
+
+    Attributes:
+        num_tokens: tokens of one item (the longest, where the length is flexible).
+        vocab_size: number of ids of a discrete tokenizer.
+        ordered: whether every prefix of the tokens decodes, coarse to fine.
+        image_size: side of the square picture in pixels.
+    """
+
+    num_tokens: int
+    vocab_size: int
+    ordered: bool
+    image_size: int
+
+    @abstractmethod
+    def encode(self, media: Tensor) -> Tensor:
+        """Media ``[B, C, H, W]`` in [-1, 1] -> int64 tokens ``[B, num_tokens]``."""
+
+    @abstractmethod
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens ``[B, k]`` -> media ``[B, C, H, W]``, about [-1, 1], not clamped."""
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise InputError unless images are ``[B, 3, image_size, image_size]``."""
+        expected = (3, self.image_size, self.image_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise InputError(
+                f"This tokenizer reads pictures of shape [batch, 3, {self.image_size}, "
+                f"{self.image_size}], got {list(images.shape)}: resize them first."
+            )
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise InputError unless tokens are integer ids ``[B, k]`` that this tokenizer knows."""
+        if tokens.dtype.is_floating_point or tokens.dtype == torch.bool or tokens.ndim != 2:
+            raise InputError(
+                f"Tokens must be whole numbers of shape [batch, count], got "
+                f"{str(tokens.dtype).removeprefix('torch.')} {list(tokens.shape)}."
+            )
+        if not 1 <= tokens.shape[1] <= self.num_tokens:
+            raise InputError(
+                f"This tokenizer decodes 1 to {self.num_tokens} tokens, got {tokens.shape[1]}."
+            )
+        if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < self.vocab_size):
+            raise InputError(
+                f"Token ids must lie in 0 to {self.vocab_size - 1}, got "
+                f"{int(tokens.min())} to {int(tokens.max())}."
+            )

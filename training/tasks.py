@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from ..modalities.datasets import StickerPack
+from ..generators.autoregressive.flexar import FlexAR
+from ..generators.conditioning.clip import TextImageCLIP, train_bpe
+from ..modalities.datasets import STYLE_WORDS, StickerPack
+from ..modalities.errors import InputError
 from ..modalities.image import fit_image, image_grid, to_pil, to_tensor
 from ..tokenizers.image.flextok import FlexTok
+from .captions import StickerCaptions
 
 
 class Task(ABC):
@@ -162,7 +167,7 @@ class FlexTokTask(Task):
         t = torch.sigmoid(torch.randn(size, generator=generator) + loss["time_shift"])[rows]
         drop = (torch.rand(size, generator=generator) < loss["condition_dropout"])[rows]
         lengths = loss["lengths"]
-        choice = torch.multinomial(torch.tensor(loss["weights"]), 1, generator=generator)
+        choice = torch.multinomial(torch.tensor(loss["weights"]).float(), 1, generator=generator)
         return {
             "latents": self.latents[picked],
             "noise": noise,
@@ -186,9 +191,152 @@ class FlexTokTask(Task):
         self.tokenizer.save_pretrained(folder)
 
 
+class CLIPTask(Task):
+    """The text tower that conditions, and the verifier."""
+
+    def __init__(self, recipe: dict[str, Any], device: torch.device):
+        super().__init__(recipe, device)
+        self.dataset, self.pictures = load_pictures(recipe["data"], recipe["image_size"])
+        self.weights = item_weights(self.dataset, recipe["data"]["weights"])
+        self.captions = StickerCaptions(self.dataset, **recipe["captions"])
+        self.model = TextImageCLIP(**recipe["model"])
+        vocab_size = recipe["model"]["text_cfg"]["vocab_size"]
+        self.model.bpe = train_bpe(self.captions.texts(), vocab_size)
+        self.model.to(device)
+        bases = {name: i for i, name in enumerate(sorted({s.base for s in self.dataset.stickers}))}
+        styles = list(STYLE_WORDS)
+        self.bases = torch.tensor([bases[s.base] for s in self.dataset.stickers])
+        self.styles = torch.tensor([styles.index(s.style) for s in self.dataset.stickers])
+
+    def batch(
+        self, index: int, size: int, generator: torch.Generator, rows: slice
+    ) -> dict[str, Any]:
+        if rows != slice(0, size):
+            raise InputError("The contrastive loss needs its whole batch in one process.")
+        picked = torch.multinomial(self.weights, size, replacement=True, generator=generator)
+        rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
+        captions, styled = zip(*(self.captions.draw(int(i), rng) for i in picked), strict=True)
+        same = self.bases[picked][:, None] == self.bases[picked][None]
+        same_style = self.styles[picked][:, None] == self.styles[picked][None]
+        images = jitter(from_uint8(self.pictures[picked]), generator)
+        return {
+            "images": images,
+            "ids": self.model.tokenize(captions),
+            "positives": same & (same_style | ~torch.tensor(styled)[None]),
+        }
+
+    @torch.no_grad()
+    def sample(self, path: Path) -> None:
+        """The 8 best pictures of 512 for each of 8 names."""
+        some = torch.randperm(len(self.pictures), generator=torch.Generator().manual_seed(0))[:512]
+        images = torch.cat(
+            [
+                self.model.encode_image(from_uint8(self.pictures[part]).to(self.device))
+                for part in some.split(64)
+            ]
+        )
+        names = [self.dataset.name(int(i)) for i in some[:8]]
+        best = (self.model.encode_text(names) @ images.T).topk(8).indices.flatten().cpu()
+        save_grid(to_pil(from_uint8(self.pictures[some[best]])), 8, path)
+
+    def export(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+
+
+class FlexARTask(Task):
+    """Text to tokens, over cached tokens of a frozen tokenizer and a frozen text tower."""
+
+    def __init__(self, recipe: dict[str, Any], device: torch.device):
+        super().__init__(recipe, device)
+        self.tokenizer = FlexTok.from_pretrained(recipe["tokenizer"]).to(device).eval()
+        self.clip = TextImageCLIP.from_pretrained(recipe["clip"]).to(device).eval()
+        self.tokenizer.requires_grad_(False)
+        self.clip.requires_grad_(False)
+        self.dataset, pictures = load_pictures(recipe["data"], self.tokenizer.image_size)
+        self.weights = item_weights(self.dataset, recipe["data"]["weights"])
+        self.captions = StickerCaptions(self.dataset, **recipe["captions"])
+        self.tokens = torch.cat(
+            [
+                self.tokenizer.encode(from_uint8(part).to(device)).cpu()
+                for part in pictures.split(64)
+            ]
+        )
+        self.model = FlexAR(
+            vocab_size=self.tokenizer.vocab_size,
+            num_tokens=self.tokenizer.num_tokens,
+            text_dim=self.clip.text_dim,
+            **recipe["model"],
+        )
+        self.model.init_weights()
+
+    @torch.no_grad()
+    def batch(
+        self, index: int, size: int, generator: torch.Generator, rows: slice
+    ) -> dict[str, Any]:
+        loss = self.recipe["loss"]
+        picked = torch.multinomial(self.weights, size, replacement=True, generator=generator)
+        rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
+        captions = [self.captions.draw(int(i), rng)[0] for i in picked]
+        drop = torch.rand(size, generator=generator) < loss["condition_dropout"]
+        captions = ["" if empty else text for text, empty in zip(captions, drop, strict=True)]
+        choice = torch.multinomial(torch.tensor(loss["weights"]).float(), 1, generator=generator)
+        length = loss["lengths"][int(choice)]
+        with torch.autocast(self.device.type, torch.bfloat16):
+            features, mask = self.clip.text_features(captions)
+        return {
+            "tokens": self.tokens[picked, :length][rows],
+            "text_features": features[rows].float(),
+            "text_mask": mask[rows],
+        }
+
+    @torch.no_grad()
+    def sample(self, path: Path) -> None:
+        """Eight prompts of the recipe, four seeds each."""
+        prompts = [p for p in self.recipe["prompts"] for _ in range(4)]
+        features, mask = self.clip.text_features(prompts)
+        null_features, null_mask = self.clip.text_features([""])
+        length = features.shape[1]
+        pad = length - null_features.shape[1]
+        ids = self.model.generate(
+            features,
+            mask,
+            [torch.Generator().manual_seed(i % 4) for i in range(len(prompts))],
+            num_tokens=self.recipe["loss"]["lengths"][0],
+            null_features=F.pad(null_features, (0, 0, 0, pad)),
+            null_mask=F.pad(null_mask, (0, pad)),
+            top_k=self.recipe["loss"]["sample_top_k"],
+        )
+        generators = [torch.Generator().manual_seed(i % 4) for i in range(len(prompts))]
+        save_grid(to_pil(self.tokenizer.decode(ids, generator=generators)), 8, path)
+
+    def export(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+
+
+def item_weights(dataset: StickerPack, groups: dict[str, float]) -> Tensor:
+    """Sampling weight of each picture: that of its group, 1 where none is given."""
+    return torch.tensor([groups.get(sticker.group, 1.0) for sticker in dataset.stickers])
+
+
+def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift each picture by up to 1/16 of its side over white, and mirror none (text, arrows)."""
+    size = images.shape[-1]
+    reach = size // 16
+    padded = F.pad(images, (reach,) * 4, value=1.0)
+    shifts = torch.randint(0, 2 * reach + 1, (len(images), 2), generator=generator)
+    return torch.stack(
+        [padded[i, :, y : y + size, x : x + size] for i, (y, x) in enumerate(shifts.tolist())]
+    )
+
+
 def save_grid(pictures: list[Any], columns: int, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image_grid(pictures, columns).save(path)
 
 
-TASKS: dict[str, type[Task]] = {"autoencoder": AutoencoderTask, "flextok": FlexTokTask}
+TASKS: dict[str, type[Task]] = {
+    "autoencoder": AutoencoderTask,
+    "flextok": FlexTokTask,
+    "clip": CLIPTask,
+    "flexar": FlexARTask,
+}

@@ -96,15 +96,28 @@ class DecoderBlock(EncoderBlock):
         return self.adaln(temb).unflatten(-1, (2, 6, -1))
 
     def forward(self, x: Tensor, mask: Tensor | None, modulation: Tensor, patches: int) -> Tensor:
-        registers = x.shape[1] - patches
-        per_token = modulation.repeat_interleave(
-            torch.tensor([patches, registers], device=x.device),
-            dim=1,
-            output_size=patches + registers,
-        )
-        gate_msa, gate_mlp, shift_msa, scale_msa, shift_mlp, scale_mlp = per_token.unbind(2)
-        x = x + gate_msa * self.attn(norm(x) * (1 + scale_msa) + shift_msa, mask)
-        return x + gate_mlp * self.mlp(norm(x) * (1 + scale_mlp) + shift_mlp)
+        gate_msa, gate_mlp, shift_msa, scale_msa, shift_mlp, scale_mlp = modulation.unbind(2)
+        h = modulate(norm(x), shift_msa, scale_msa, patches)
+        x = x + gate(self.attn(h, mask), gate_msa, patches)
+        h = modulate(norm(x), shift_mlp, scale_mlp, patches)
+        return x + gate(self.mlp(h), gate_mlp, patches)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, patches: int) -> Tensor:
+    """``x (1 + scale) + shift`` with row 0 of ``[B, 2, D]`` for the patches, row 1 for the rest."""
+    scale = 1 + scale
+    return torch.cat(
+        [
+            torch.addcmul(shift[:, :1], x[:, :patches], scale[:, :1]),
+            torch.addcmul(shift[:, 1:], x[:, patches:], scale[:, 1:]),
+        ],
+        dim=1,
+    )
+
+
+def gate(x: Tensor, gates: Tensor, patches: int) -> Tensor:
+    """``x`` times row 0 of ``[B, 2, D]`` for the patches, row 1 for the rest."""
+    return torch.cat([x[:, :patches] * gates[:, :1], x[:, patches:] * gates[:, 1:]], dim=1)
 
 
 class PatchEmbed(nn.Module):
@@ -120,7 +133,8 @@ class PatchEmbed(nn.Module):
         p = self.patch_size
         rows, columns = x.shape[2] // p, x.shape[3] // p
         patches = x.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 4, 5, 1).flatten(3)
-        return (self.proj(patches) + self.positions[:rows, :columns]).flatten(1, 2)
+        embedded = self.proj(patches)
+        return (embedded + self.positions[:rows, :columns].to(embedded.dtype)).flatten(1, 2)
 
 
 class Encoder(nn.Module):
@@ -227,7 +241,8 @@ class FlowDecoder(nn.Module):
             tokens ``[B, k + 1, D]`` and their attention bias ``[B, k + 1]``.
         """
         batch, k = codes.shape[:2]
-        tokens = self.from_codes(codes) + self.register_positions[:k]
+        tokens = self.from_codes(codes)
+        tokens = tokens + self.register_positions[:k].to(tokens.dtype)
         if keep is None:
             keep = torch.full((batch,), k, device=codes.device)
         if drop is None:

@@ -1,0 +1,102 @@
+"""Media -> tokens -> media, at a list of prefix lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor
+
+from ..modalities.errors import InputError
+from ..modalities.image import fit_image, load_image, to_pil, to_tensor
+from ..tokenizers.auto import AutoTokenizer
+from ..tokenizers.base import Tokenizer
+from .seeds import noise_stream
+
+
+@dataclass
+class ReconstructionOutput(BaseOutput):
+    """Pictures by prefix length, the tokens int64 ``[B, N]`` and PSNR in dB of each picture."""
+
+    reconstructions: dict[int, list[Image.Image]]
+    tokens: Tensor
+    psnr: dict[int, list[float]]
+
+
+class ReconstructionPipeline(DiffusionPipeline):
+    """What a tokenizer keeps of a picture.
+
+    Args:
+        tokenizer: any picture tokenizer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__()
+        self.register_modules(tokenizer=tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **options: Any) -> ReconstructionPipeline:
+        """Over the tokenizer of that name, folder, or shipped model (see `AutoTokenizer`)."""
+        return cls(AutoTokenizer.from_pretrained(name, **options))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        media: Any,
+        num_tokens: Sequence[int] | None = None,
+        seed: int = 0,
+        num_inference_steps: int | None = None,
+        callback: Callable[[int, int], None] | None = None,
+    ) -> ReconstructionOutput:
+        """Encode once, decode each prefix.
+
+        Args:
+            media: a picture (path, bytes, PIL), a list of them, or a tensor ``[B, 3, S, S]`` in
+                [-1, 1].
+            num_tokens: prefix lengths; default the powers of two and all tokens.
+            seed: of the decoder noise; the same for every picture and length.
+            callback: called with (lengths done, lengths).
+
+        Raises:
+            InputError: a length that the tokenizer does not have, or no readable picture.
+        """
+        tokenizer = self.tokenizer
+        if num_tokens is None:
+            powers = [2**i for i in range(tokenizer.num_tokens.bit_length())]
+            num_tokens = [n for n in powers if n < tokenizer.num_tokens] + [tokenizer.num_tokens]
+        lengths = list(dict.fromkeys(num_tokens))
+        for length in lengths:
+            if not 1 <= length <= tokenizer.num_tokens:
+                raise InputError(
+                    f"This tokenizer decodes 1 to {tokenizer.num_tokens} tokens, got {length}."
+                )
+        if isinstance(media, Tensor):
+            images = media
+        else:
+            sources = media if isinstance(media, (list, tuple)) else [media]
+            images = to_tensor(
+                [
+                    fit_image(load_image(source), tokenizer.image_size, mode="contain")
+                    for source in sources
+                ]
+            )
+        tokens = tokenizer.encode(images.to(self.device))
+        reconstructions, psnr = {}, {}
+        for done, length in enumerate(lengths, start=1):
+            decoded = tokenizer.decode(
+                tokens[:, :length],
+                num_inference_steps=num_inference_steps,
+                generator=[noise_stream(seed) for _ in range(len(tokens))],
+            ).clamp(-1, 1)
+            error = (decoded - images.to(decoded)).square().mean((1, 2, 3))
+            psnr[length] = (10 * torch.log10(4 / error.clamp(min=1e-10))).tolist()
+            reconstructions[length] = to_pil(decoded)
+            if callback is not None:
+                callback(done, len(lengths))
+        return ReconstructionOutput(reconstructions=reconstructions, tokens=tokens, psnr=psnr)

@@ -148,7 +148,9 @@ class TextToImagePipeline(DiffusionPipeline):
             if isinstance(error, InputError):
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(f'"{name}" could not be loaded as a text-to-image model: {reason}') from error
+            raise InputError(
+                f'"{name}" could not be loaded as a text-to-image model: {reason}'
+            ) from error
         except Exception as error:  # safetensors raises its own error for a damaged file
             raise InputError(
                 f'"{name}" could not be loaded: a weight file is damaged ({error}). Copy it again.'
@@ -322,9 +324,7 @@ class TextToImagePipeline(DiffusionPipeline):
                 lambda ids=ids: self.decode_tokens(ids, request.seeds, self.config.preview_steps),
             )
             if step == request.num_tokens:
-                partial.output = self._output(
-                    ids, request.seeds, num_inference_steps, output_type
-                )
+                partial.output = self._output(ids, request.seeds, num_inference_steps, output_type)
             yield partial
 
     @torch.no_grad()
@@ -396,7 +396,9 @@ class TextToImagePipeline(DiffusionPipeline):
             for partial in chain([first], partials):
                 bar.update()
                 if callback_on_step_end is not None:
-                    callback_on_step_end(self, partial.step, partial.step, {"tokens": partial.tokens})
+                    callback_on_step_end(
+                        self, partial.step, partial.step, {"tokens": partial.tokens}
+                    )
                 if self._interrupt:
                     break
         output = partial.output or self._output(

@@ -136,18 +136,7 @@ class FlexTokTask(Task):
 
     def __init__(self, recipe: dict[str, Any], device: torch.device):
         super().__init__(recipe, device)
-        options = dict(recipe["model"])
-        folder = recipe["vae"]
-        if folder is not None:
-            vae = AutoencoderKL.from_pretrained(folder)
-            options["vae_config"] = {
-                k: v for k, v in vae.config.items() if not k.startswith("_")
-            }
-        self.tokenizer = FlexTok(image_size=recipe["image_size"], **options).to(device)
-        self.tokenizer.init_weights()
-        if folder is not None:
-            self.tokenizer.vae.load_state_dict(vae.state_dict())
-            self.tokenizer.vae.requires_grad_(False)
+        self.tokenizer = self.build().to(device)
         self.model = self.tokenizer
         _, self.pictures = load_pictures(recipe["data"], recipe["image_size"])
         self.latents = torch.cat(
@@ -156,6 +145,20 @@ class FlexTokTask(Task):
                 for part in self.pictures.split(64)
             ]
         )
+
+    def build(self) -> FlexTok:
+        """A new tokenizer over the frozen VAE of the recipe."""
+        options = dict(self.recipe["model"])
+        folder = self.recipe["vae"]
+        if folder is not None:
+            vae = AutoencoderKL.from_pretrained(folder)
+            options["vae_config"] = {k: v for k, v in vae.config.items() if not k.startswith("_")}
+        tokenizer = FlexTok(image_size=self.recipe["image_size"], **options)
+        tokenizer.init_weights()
+        if folder is not None:
+            tokenizer.vae.load_state_dict(vae.state_dict())
+            tokenizer.vae.requires_grad_(False)
+        return tokenizer
 
     def batch(
         self, index: int, size: int, generator: torch.Generator, rows: slice
@@ -189,6 +192,35 @@ class FlexTokTask(Task):
 
     def export(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
+
+
+class FlexTokDecoderTask(FlexTokTask):
+    """The flow decoder of a trained tokenizer, further, under a frozen encoder.
+
+    The ids stay what they are, so a generator over them can be trained at the same time.
+    """
+
+    def __init__(self, recipe: dict[str, Any], device: torch.device):
+        super().__init__(recipe, device)
+        self.ids = torch.cat(
+            [
+                self.tokenizer.encode_from_latents(part.to(device)).cpu()
+                for part in self.latents.split(64)
+            ]
+        )
+
+    def build(self) -> FlexTok:
+        tokenizer = FlexTok.from_pretrained(self.recipe["tokenizer"])
+        tokenizer.encoder.requires_grad_(False)
+        tokenizer.vae.requires_grad_(False)
+        return tokenizer
+
+    def batch(
+        self, index: int, size: int, generator: torch.Generator, rows: slice
+    ) -> dict[str, Any]:
+        batch = super().batch(index, size, generator, rows)
+        picked = shuffled_index(index, size, len(self.latents), self.recipe["seed"])[rows]
+        return {**batch, "ids": self.ids[picked]}
 
 
 class CLIPTask(Task):
@@ -337,6 +369,7 @@ def save_grid(pictures: list[Any], columns: int, path: Path) -> None:
 TASKS: dict[str, type[Task]] = {
     "autoencoder": AutoencoderTask,
     "flextok": FlexTokTask,
+    "flextok_decoder": FlexTokDecoderTask,
     "clip": CLIPTask,
     "flexar": FlexARTask,
 }

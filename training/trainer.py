@@ -213,7 +213,9 @@ def save_checkpoint(
     """Write ``checkpoint-<step>`` whole (rename of a finished folder) and drop the older ones."""
 
     def write(folder: Path) -> None:
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+        save_file(
+            {k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors"
+        )
         shadow = {str(i): p.contiguous() for i, p in enumerate(ema.shadow_params)}
         save_file(shadow, folder / "ema.safetensors")
         torch.save(optimizer.state_dict(), folder / "optimizer.pt")

@@ -416,6 +416,7 @@ class FlexTok(Tokenizer, ModelMixin, ConfigMixin):
         t: Tensor,
         num_tokens: int,
         drop: Tensor | None = None,
+        ids: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Flow-matching loss with nested dropout (section 10).
 
@@ -424,8 +425,12 @@ class FlexTok(Tokenizer, ModelMixin, ConfigMixin):
             t: ``[B]`` in [0, 1], 1 = noise.
             num_tokens: registers kept of this batch; shared, so that the rest cost nothing.
             drop: bool ``[B]``, items trained without a condition.
+            ids: ``[B, >= num_tokens]`` of a frozen encoder, in place of running it.
         """
-        codes, ids = self.quantizer(self.encoder(latents, num_tokens))
+        if ids is None:
+            codes, ids = self.quantizer(self.encoder(latents, num_tokens))
+        else:
+            codes = self.quantizer.ids_to_codes(ids[:, :num_tokens])
         tokens, bias = self.decoder.condition(codes.to(latents.dtype), drop=drop)
         time = t[:, None, None, None]
         x = time * noise + (1 - time) * latents

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from diffusers import AutoencoderKL
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 
 from ..generators.autoregressive.flexar import FlexAR
 from ..generators.conditioning.clip import TextImageCLIP, train_bpe
-from ..modalities.datasets import STYLE_WORDS, StickerPack
+from ..modalities.datasets import ImageTextDataset, StickerPack, open_dataset
 from ..modalities.errors import InputError
-from ..modalities.image import fit_image, image_grid, to_pil, to_tensor
+from ..modalities.image import fit_image, image_grid, save_image, to_pil, to_tensor
 from ..tokenizers.image.flextok import FlexTok
-from .captions import StickerCaptions
+from .captions import open_captions
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Task(ABC):
     """One kind of model in training.
 
-    ``model(**batch)`` must return (loss, parts). ``batch`` draws for the whole batch from the
-    given generator and returns the given rows of it.
+    ``model(**batch)`` must return (loss, parts): a scalar, and scalars to report.
     """
 
     model: nn.Module
@@ -37,7 +43,8 @@ class Task(ABC):
     @abstractmethod
     def batch(
         self, index: int, size: int, generator: torch.Generator, rows: slice
-    ) -> dict[str, Any]: ...
+    ) -> dict[str, Any]:
+        """The given rows of batch ``index``; the draws from ``generator`` are for all its rows."""
 
     @abstractmethod
     def sample(self, path: Path) -> None:
@@ -48,17 +55,58 @@ class Task(ABC):
         """Write the model in its loadable form."""
 
 
-def load_pictures(settings: dict[str, Any], image_size: int) -> tuple[StickerPack, Tensor]:
-    """A dataset and its pictures over white, uint8 ``[M, 3, S, S]``."""
-    dataset = StickerPack(settings["root"], **settings.get("options", {}))
+def load_pictures(settings: dict[str, Any], image_size: int) -> tuple[ImageTextDataset, Tensor]:
+    """A dataset and all its pictures over white, uint8 ``[M, 3, S, S]``, kept in memory.
+
+    Args:
+        settings: ``root``, what `open_dataset` opens, and ``options`` for it.
+
+    Raises:
+        InputError: nothing there, or a picture that cannot be read.
+    """
+    root = settings["root"]
+    if not Path(root).exists() and not root.endswith(".tar"):
+        raise InputError(
+            f'There are no pictures at "{root}": set data.root=FOLDER to the sticker pack or to '
+            "pictures with captions of your own."
+        )
+    dataset = open_dataset(root, **settings["options"])
     pictures = torch.empty(len(dataset), 3, image_size, image_size, dtype=torch.uint8)
-    for i in range(len(dataset)):
+    for i in track(
+        range(len(dataset)),
+        "Reading pictures",
+        console=Console(stderr=True),
+        transient=True,
+        disable=not PartialState().is_main_process,
+    ):
         tensor = to_tensor(fit_image(dataset.image(i), image_size, background="white"))
         pictures[i] = ((tensor[0] + 1) * 127.5).round().to(torch.uint8)
     return dataset, pictures
 
 
+def load_frozen(kind: type[Model], recipe: dict[str, Any], key: str) -> Model:
+    """The model in the folder that the recipe names under ``key``."""
+    folder = recipe[key]
+    try:
+        return kind.from_pretrained(folder)
+    except Exception as error:  # Each way of being no such folder has an error class of its own.
+        raise InputError(
+            f'There is no {kind.__name__} to load in "{folder}": train it first, or set '
+            f"{key}=FOLDER."
+        ) from error
+
+
+def build(kind: type[Model], **options: Any) -> Model:
+    """A new model; an option that it does not have is an InputError."""
+    try:
+        inspect.signature(kind).bind(**options)
+    except TypeError as error:
+        raise InputError(f"The recipe's model does not fit {kind.__name__}: {error}.") from error
+    return kind(**options)
+
+
 def from_uint8(pictures: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]."""
     return pictures.float() / 127.5 - 1
 
 
@@ -98,7 +146,7 @@ class AutoencoderTask(Task):
         super().__init__(recipe, device)
         self.size = recipe["image_size"]
         _, self.pictures = load_pictures(recipe["data"], self.size)
-        vae = AutoencoderKL(**recipe["model"]).to(memory_format=torch.channels_last)
+        vae = build(AutoencoderKL, **recipe["model"]).to(memory_format=torch.channels_last)
         self.model = AutoencoderLoss(vae, recipe["loss"]["kl_weight"])
 
     def batch(
@@ -112,19 +160,18 @@ class AutoencoderTask(Task):
 
     @torch.no_grad()
     def sample(self, path: Path) -> None:
-        images = from_uint8(self.pictures[:: len(self.pictures) // 16][:16]).to(self.device)
+        images = from_uint8(spread(self.pictures, 16)).to(self.device)
         decoded = self.model.vae.decode(self.model.vae.encode(images).latent_dist.mode()).sample
-        save_grid(to_pil(images) + to_pil(decoded), 16, path)
+        save_grid(to_pil(images) + to_pil(decoded), len(images), path)
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:
         """Save the VAE with the scaling factor that gives its latents unit variance."""
         vae = self.model.vae
-        some = self.pictures[torch.randperm(len(self.pictures))[:512]]
         latents = torch.cat(
             [
                 vae.encode(from_uint8(part).to(self.device)).latent_dist.mode()
-                for part in some.split(64)
+                for part in spread(self.pictures, 512).split(64)
             ]
         )
         vae.register_to_config(scaling_factor=1 / float(latents.std()))
@@ -149,13 +196,13 @@ class FlexTokTask(Task):
     def build(self) -> FlexTok:
         """A new tokenizer over the frozen VAE of the recipe."""
         options = dict(self.recipe["model"])
-        folder = self.recipe["vae"]
-        if folder is not None:
-            vae = AutoencoderKL.from_pretrained(folder)
+        over_vae = self.recipe["vae"] is not None
+        if over_vae:
+            vae = load_frozen(AutoencoderKL, self.recipe, "vae")
             options["vae_config"] = {k: v for k, v in vae.config.items() if not k.startswith("_")}
-        tokenizer = FlexTok(image_size=self.recipe["image_size"], **options)
+        tokenizer = build(FlexTok, image_size=self.recipe["image_size"], **options)
         tokenizer.init_weights()
-        if folder is not None:
+        if over_vae:
             tokenizer.vae.load_state_dict(vae.state_dict())
             tokenizer.vae.requires_grad_(False)
         return tokenizer
@@ -166,8 +213,10 @@ class FlexTokTask(Task):
         loss = self.recipe["loss"]
         picked = shuffled_index(index, size, len(self.latents), self.recipe["seed"])[rows]
         noise = torch.randn(size, *self.latents.shape[1:], generator=generator)[rows]
-        # Logit-normal times, moved towards noise, where the tokens matter most.
-        t = torch.sigmoid(torch.randn(size, generator=generator) + loss["time_shift"])[rows]
+        # Logit-normal times; a share starts from pure noise, where all must come from the tokens.
+        t = torch.sigmoid(torch.randn(size, generator=generator) + loss["time_shift"])
+        pure = torch.rand(size, generator=generator) < loss["pure_noise"]
+        t = t.masked_fill(pure, 1.0)[rows]
         drop = (torch.rand(size, generator=generator) < loss["condition_dropout"])[rows]
         lengths = loss["lengths"]
         choice = torch.multinomial(torch.tensor(loss["weights"]).float(), 1, generator=generator)
@@ -182,13 +231,13 @@ class FlexTokTask(Task):
     @torch.no_grad()
     def sample(self, path: Path) -> None:
         """Rows: pictures, then reconstructions from growing prefixes."""
-        images = from_uint8(self.pictures[:: len(self.pictures) // 16][:16]).to(self.device)
+        images = from_uint8(spread(self.pictures, 16)).to(self.device)
         tokens = self.tokenizer.encode(images)
         rows = to_pil(images)
         for count in self.recipe["loss"]["lengths"]:
             generators = [torch.Generator().manual_seed(i) for i in range(len(images))]
             rows += to_pil(self.tokenizer.decode(tokens[:, :count], generator=generators))
-        save_grid(rows, 16, path)
+        save_grid(rows, len(images), path)
 
     def export(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
@@ -210,9 +259,10 @@ class FlexTokDecoderTask(FlexTokTask):
         )
 
     def build(self) -> FlexTok:
-        tokenizer = FlexTok.from_pretrained(self.recipe["tokenizer"])
+        tokenizer = load_frozen(FlexTok, self.recipe, "tokenizer")
         tokenizer.encoder.requires_grad_(False)
-        tokenizer.vae.requires_grad_(False)
+        if tokenizer.vae is not None:
+            tokenizer.vae.requires_grad_(False)
         return tokenizer
 
     def batch(
@@ -230,25 +280,25 @@ class CLIPTask(Task):
         super().__init__(recipe, device)
         self.dataset, self.pictures = load_pictures(recipe["data"], recipe["image_size"])
         self.weights = item_weights(self.dataset, recipe["data"]["weights"])
-        self.captions = StickerCaptions(self.dataset, **recipe["captions"])
-        self.model = TextImageCLIP(**recipe["model"])
+        self.captions = open_captions(self.dataset, **recipe["captions"])
+        self.model = build(TextImageCLIP, **recipe["model"])
         vocab_size = recipe["model"]["text_cfg"]["vocab_size"]
         self.model.bpe = train_bpe(self.captions.texts(), vocab_size)
         self.model.to(device)
-        bases = {name: i for i, name in enumerate(sorted({s.base for s in self.dataset.stickers}))}
-        styles = list(STYLE_WORDS)
-        self.bases = torch.tensor([bases[s.base] for s in self.dataset.stickers])
-        self.styles = torch.tensor([styles.index(s.style) for s in self.dataset.stickers])
+        self.concepts = numbered(self.captions.concepts)
+        self.styles = numbered(self.captions.styles)
 
     def batch(
         self, index: int, size: int, generator: torch.Generator, rows: slice
     ) -> dict[str, Any]:
         if rows != slice(0, size):
-            raise InputError("The contrastive loss needs its whole batch in one process.")
+            raise InputError(
+                "The contrastive loss needs its whole batch in one process: train without torchrun."
+            )
         picked = torch.multinomial(self.weights, size, replacement=True, generator=generator)
         rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
         captions, styled = zip(*(self.captions.draw(int(i), rng) for i in picked), strict=True)
-        same = self.bases[picked][:, None] == self.bases[picked][None]
+        same = self.concepts[picked][:, None] == self.concepts[picked][None]
         same_style = self.styles[picked][:, None] == self.styles[picked][None]
         images = jitter(from_uint8(self.pictures[picked]), generator)
         return {
@@ -268,8 +318,10 @@ class CLIPTask(Task):
             ]
         )
         names = [self.dataset.name(int(i)) for i in some[:8]]
-        best = (self.model.encode_text(names) @ images.T).topk(8).indices.flatten().cpu()
-        save_grid(to_pil(from_uint8(self.pictures[some[best]])), 8, path)
+        scores = self.model.encode_text(names) @ images.T
+        count = min(8, len(some))
+        best = scores.topk(count).indices.flatten().cpu()
+        save_grid(to_pil(from_uint8(self.pictures[some[best]])), count, path)
 
     def export(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
@@ -280,20 +332,21 @@ class FlexARTask(Task):
 
     def __init__(self, recipe: dict[str, Any], device: torch.device):
         super().__init__(recipe, device)
-        self.tokenizer = FlexTok.from_pretrained(recipe["tokenizer"]).to(device).eval()
-        self.clip = TextImageCLIP.from_pretrained(recipe["clip"]).to(device).eval()
+        self.tokenizer = load_frozen(FlexTok, recipe, "tokenizer").to(device).eval()
+        self.clip = load_frozen(TextImageCLIP, recipe, "clip").to(device).eval()
         self.tokenizer.requires_grad_(False)
         self.clip.requires_grad_(False)
         self.dataset, pictures = load_pictures(recipe["data"], self.tokenizer.image_size)
         self.weights = item_weights(self.dataset, recipe["data"]["weights"])
-        self.captions = StickerCaptions(self.dataset, **recipe["captions"])
+        self.captions = open_captions(self.dataset, **recipe["captions"])
         self.tokens = torch.cat(
             [
                 self.tokenizer.encode(from_uint8(part).to(device)).cpu()
                 for part in pictures.split(64)
             ]
         )
-        self.model = FlexAR(
+        self.model = build(
+            FlexAR,
             vocab_size=self.tokenizer.vocab_size,
             num_tokens=self.tokenizer.num_tokens,
             text_dim=self.clip.text_dim,
@@ -323,7 +376,7 @@ class FlexARTask(Task):
 
     @torch.no_grad()
     def sample(self, path: Path) -> None:
-        """Eight prompts of the recipe, four seeds each."""
+        """The prompts of the recipe, four seeds each."""
         prompts = [p for p in self.recipe["prompts"] for _ in range(4)]
         features, mask = self.clip.text_features(prompts)
         null_features, null_mask = self.clip.text_features([""])
@@ -333,7 +386,7 @@ class FlexARTask(Task):
             features,
             mask,
             [torch.Generator().manual_seed(i % 4) for i in range(len(prompts))],
-            num_tokens=self.recipe["loss"]["lengths"][0],
+            num_tokens=min(self.recipe["loss"]["lengths"][0], self.tokenizer.num_tokens),
             null_features=F.pad(null_features, (0, 0, 0, pad)),
             null_mask=F.pad(null_mask, (0, pad)),
             top_k=self.recipe["loss"]["sample_top_k"],
@@ -345,9 +398,22 @@ class FlexARTask(Task):
         self.model.save_pretrained(folder)
 
 
-def item_weights(dataset: StickerPack, groups: dict[str, float]) -> Tensor:
-    """Sampling weight of each picture: that of its group, 1 where none is given."""
+def item_weights(dataset: ImageTextDataset, groups: dict[str, float]) -> Tensor:
+    """Sampling weight of each picture: that of its sticker group; 1 where it has none."""
+    if not isinstance(dataset, StickerPack):
+        return torch.ones(len(dataset))
     return torch.tensor([groups.get(sticker.group, 1.0) for sticker in dataset.stickers])
+
+
+def numbered(labels: list[str]) -> Tensor:
+    """Equal labels -> equal numbers, int64 ``[M]``."""
+    numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+    return torch.tensor([numbers[label] for label in labels])
+
+
+def spread(items: Tensor, count: int) -> Tensor:
+    """At most ``count`` items at even distances."""
+    return items[:: max(1, len(items) // count)][:count]
 
 
 def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -361,9 +427,9 @@ def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
     )
 
 
-def save_grid(pictures: list[Any], columns: int, path: Path) -> None:
+def save_grid(pictures: list[Image.Image], columns: int, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(pictures, columns).save(path)
+    save_image(image_grid(pictures, columns), path)
 
 
 TASKS: dict[str, type[Task]] = {

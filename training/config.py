@@ -13,19 +13,27 @@ from ..modalities.errors import InputError
 RECIPES = Path(__file__).parent / "recipes"
 
 
+class Settings(dict):
+    """A mapping of a recipe: a setting that it lacks is the writer's mistake, not a bug."""
+
+    def __missing__(self, key: str) -> Any:
+        raise InputError(f'The recipe has no setting "{key}": add it to the file.')
+
+
 def list_recipes() -> list[str]:
     """Names of the recipes that ship with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """Read a recipe by name or path.
 
     ``size=gpu`` picks one of the recipe's ``sizes`` (default: the first listed), whose entries
     replace those of the base; then each ``dotted.key=value`` is set, the value read as YAML.
 
     Raises:
-        InputError: an unknown recipe, size or key, or an override that is not ``key=value``.
+        InputError: an unknown recipe, size or key, a file that is not a YAML mapping, or an
+            override that is not ``key=value`` or not of the setting's kind.
     """
     path = Path(name)
     if not path.is_file():
@@ -36,19 +44,24 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         )
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f'"{path}" is not valid YAML: {str(error).splitlines()[0]}.') from error
+    if not isinstance(recipe, dict):
+        raise InputError(f'"{path}" is not a recipe: it should hold "task: ..." and settings.')
+
     changes = {}
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise InputError(f'"{override}" is not key=value.')
-        changes[key] = yaml.safe_load(value)
+            raise InputError(f'"{override}" is not key=value: write e.g. training.steps=100.')
+        changes[key] = value
     sizes = recipe.pop("sizes", {})
     size = changes.pop("size", next(iter(sizes), None))
     if size is not None:
         if size not in sizes:
-            raise InputError(f'Recipe "{path.stem}" has no size "{size}": {", ".join(sizes)}.')
+            raise InputError(
+                f'Recipe "{path.stem}" has no size "{size}": choose from {", ".join(sizes)}.'
+            )
         _merge(recipe, sizes[size])
     for key, value in changes.items():
         node = recipe
@@ -56,9 +69,9 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         for part in parents:
             node = node.get(part) if isinstance(node, dict) else None
         if not isinstance(node, dict) or last not in node:
-            raise InputError(f'Recipe "{path.stem}" has no setting "{key}".')
-        node[last] = value
-    return recipe
+            raise InputError(f'Recipe "{path.stem}" has no setting "{key}": check its spelling.')
+        node[last] = _parse(key, value, node[last])
+    return _to_settings(recipe)
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> None:
@@ -67,3 +80,29 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> None:
             _merge(base[key], value)
         else:
             base[key] = value
+
+
+def _parse(key: str, text: str, old: Any) -> Any:
+    """The value of an override, of the kind of the one that it replaces."""
+    if isinstance(old, str):
+        return text
+    try:
+        value = yaml.safe_load(text)
+        if isinstance(old, (int, float)) and isinstance(value, str):
+            value = float(value)  # YAML 1.1 reads "1e-3" as a text.
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(
+            f'"{text}" does not fit {key}, which is {old}: give such a value.'
+        ) from error
+    if isinstance(old, int) and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    fits = old is None or type(value) is type(old) or (type(old), type(value)) == (float, int)
+    if not fits:
+        raise InputError(f'"{text}" does not fit {key}, which is {old}: give such a value.')
+    return value
+
+
+def _to_settings(value: Any) -> Any:
+    if isinstance(value, dict):
+        return Settings({key: _to_settings(item) for key, item in value.items()})
+    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,15 @@ import yaml
 from ..modalities.errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as in YAML 1.2; 1.1 wants it written 1.0e-3."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 class Settings(dict):
@@ -43,7 +53,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Settings:
             f'No recipe "{name}": give a YAML file or one of {", ".join(list_recipes())}.'
         )
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf8"))
+        recipe = yaml.load(path.read_text(encoding="utf8"), Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f'"{path}" is not valid YAML: {str(error).splitlines()[0]}.') from error
     if not isinstance(recipe, dict):
@@ -86,19 +96,16 @@ def _parse(key: str, text: str, old: Any) -> Any:
     """The value of an override, of the kind of the one that it replaces."""
     if isinstance(old, str):
         return text
+    problem = InputError(f'"{text}" does not fit {key}, which is {old}: give such a value.')
     try:
-        value = yaml.safe_load(text)
-        if isinstance(old, (int, float)) and isinstance(value, str):
-            value = float(value)  # YAML 1.1 reads "1e-3" as a text.
-    except (yaml.YAMLError, ValueError) as error:
-        raise InputError(
-            f'"{text}" does not fit {key}, which is {old}: give such a value.'
-        ) from error
+        value = yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise problem from error
     if isinstance(old, int) and isinstance(value, float) and value.is_integer():
         value = int(value)
-    fits = old is None or type(value) is type(old) or (type(old), type(value)) == (float, int)
-    if not fits:
-        raise InputError(f'"{text}" does not fit {key}, which is {old}: give such a value.')
+    whole_for_real = isinstance(old, float) and type(value) is int
+    if old is not None and type(value) is not type(old) and not whole_for_real:
+        raise problem
     return value
 
 

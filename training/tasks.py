@@ -85,14 +85,17 @@ def load_pictures(settings: dict[str, Any], image_size: int) -> tuple[ImageTextD
 
 
 def load_frozen(kind: type[Model], recipe: dict[str, Any], key: str) -> Model:
-    """The model in the folder that the recipe names under ``key``."""
+    """The model in the folder (or of the hub id) that the recipe names under ``key``."""
     folder = recipe[key]
     try:
         return kind.from_pretrained(folder)
-    except Exception as error:  # Each way of being no such folder has an error class of its own.
+    except Exception as error:  # Each way of being no such model has an error class of its own.
+        reason = "there is no such folder"
+        if Path(folder).is_dir():
+            reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f'There is no {kind.__name__} to load in "{folder}": train it first, or set '
-            f"{key}=FOLDER."
+            f'No {kind.__name__} could be loaded from "{folder}" ({reason}): train it first, or '
+            f"set {key}=FOLDER."
         ) from error
 
 

@@ -1,0 +1,471 @@
+"""Recipes, and training that resumes, splits, accumulates and stops without a loss."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tessera.generators.autoregressive.flexar import FlexAR
+from tessera.generators.conditioning.clip import TextImageCLIP
+from tessera.modalities.datasets import ImageTextFolder, StickerPack
+from tessera.modalities.errors import InputError
+from tessera.tests.tiny import COLOURS, tiny_clip, tiny_pack, tiny_tokenizer
+from tessera.tokenizers.image.flextok import FlexTok
+from tessera.training import trainer
+from tessera.training.captions import open_captions
+from tessera.training.config import list_recipes, load_recipe
+from tessera.training.tasks import TASKS, FlexARTask, FlexTokTask, shuffled_index
+from tessera.training.trainer import learning_rate, newest_checkpoint, train
+
+COMMON = {
+    "training.precision": "fp32",
+    "training.steps": 4,
+    "training.batch_size": 4,
+    "training.warmup": 2,
+    "training.log_every": 1,
+    "training.save_every": 2,
+    "training.sample_every": 4,
+}
+FLEXTOK = {
+    "image_size": 32,
+    "model.num_registers": 16,
+    "model.encoder_dim": 64,
+    "model.encoder_depth": 1,
+    "model.decoder_dim": 64,
+    "model.decoder_depth": 1,
+    "loss.lengths": "[1, 4, 16]",
+    "loss.weights": "[1, 1, 1]",
+}
+FLEXAR = {"model.dim": 32, "model.depth": 2, "model.heads": 2, "model.mlp_hidden": 64}
+FLEXAR |= {"loss.lengths": "[8, 16]", "loss.weights": "[1, 1]", "model.embedding_dropout": 0.2}
+CLIP = {
+    "image_size": 32,
+    "model.embed_dim": 16,
+    "model.vision_cfg": "{image_size: 32, patch_size: 8, width: 32, layers: 1, head_width: 16}",
+    "model.text_cfg": "{context_length: 16, vocab_size: 320, width: 32, heads: 2, layers: 1}",
+}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> Path:
+    """A folder with the tiny pack, and the tiny models saved as a run would leave them."""
+    folder = tmp_path_factory.mktemp("parts")
+    tiny_pack(folder / "pack")
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder / "tokenizer")
+    tokenizer.vae.save_pretrained(folder / "vae")
+    tiny_clip().save_pretrained(folder / "clip")
+    return folder
+
+
+@pytest.fixture
+def recipe_of(parts, tmp_path):
+    """(kind, output, **overrides) -> a tiny recipe that writes to ``tmp_path / output``."""
+
+    def make(kind: str, output: str = "run", **overrides):
+        name, settings = {
+            "flextok": ("sticker-tokenizer", FLEXTOK | {"vae": parts / "vae"}),
+            "flexar": (
+                "sticker-generator",
+                FLEXAR | {"tokenizer": parts / "tokenizer", "clip": parts / "clip"},
+            ),
+            "clip": ("sticker-clip", CLIP),
+        }[kind]
+        settings = {"data.root": parts / "pack", **COMMON, **settings, **overrides}
+        settings["output"] = tmp_path / output
+        return load_recipe(name, [f"{key}={value}" for key, value in settings.items()])
+
+    return make
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """Every parameter and its average in a run's newest checkpoint."""
+    folder = newest_checkpoint(run)
+    assert folder is not None
+    return {
+        f"{part}/{key}": value
+        for part in ("model", "ema")
+        for key, value in load_file(folder / f"{part}.safetensors").items()
+    }
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+def moved(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return max(float((a[key] - b[key]).abs().max()) for key in a)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(monkeypatch, task: type, index: int, action) -> None:
+    """Run ``action`` when batch ``index`` is made."""
+    original = task.batch
+
+    def batch(self, number, *rest):
+        if number == index:
+            action()
+        return original(self, number, *rest)
+
+    monkeypatch.setattr(task, "batch", batch)
+
+
+def stop() -> None:
+    raise Stop
+
+
+# Recipes
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_shipped_recipes_load_in_both_sizes(name):
+    small, large = load_recipe(name), load_recipe(name, ["size=gpu"])
+    assert small == load_recipe(name, ["size=cpu"]) and "sizes" not in small
+    assert small["task"] in TASKS
+    trainer.check_settings(small)
+    trainer.check_settings(large)
+    assert large["training"]["steps"] > small["training"]["steps"]
+    assert large["training"]["warmup"] == small["training"]["warmup"]  # Kept from the base.
+
+
+def test_overrides(tmp_path):
+    recipe = load_recipe(
+        "sticker-clip",
+        ["training.lr=1e-3", "training.steps=1e3", "data.weights={}", "output=7", "size=gpu"],
+    )
+    assert recipe["training"]["lr"] == 1e-3
+    assert recipe["training"]["steps"] == 1000 and isinstance(recipe["training"]["steps"], int)
+    assert recipe["data"]["weights"] == {} and recipe["output"] == "7"
+    assert recipe["model"]["vision_cfg"] == {
+        **load_recipe("sticker-clip")["model"]["vision_cfg"],
+        "image_size": 128,
+        "width": 256,
+    }
+    path = tmp_path / "mine.yaml"
+    path.write_text("task: clip\ntraining: {steps: 3, lr: 1e-3, min_lr: 2e-05, note: 1e}\n")
+    training = {"steps": 3, "lr": 1e-3, "min_lr": 2e-5, "note": "1e"}
+    assert load_recipe(path) == {"task": "clip", "training": training}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("size=huge", 'no size "huge": choose from cpu, gpu'),
+        ("training.stepz=3", 'no setting "training.stepz"'),
+        ("nonsense.deep.key=3", 'no setting "nonsense.deep.key"'),
+        ("task.name=3", 'no setting "task.name"'),
+        ("steps", '"steps" is not key=value'),
+        ("training.steps=many", '"many" does not fit training.steps'),
+        ("training.steps=2.5", '"2.5" does not fit training.steps'),
+        ("training.compile=3", '"3" does not fit training.compile'),
+        ("training.betas=0.9", '"0.9" does not fit training.betas'),
+        ("training.betas=[0.9", "does not fit training.betas"),
+    ],
+)
+def test_bad_overrides_are_refused(override, message):
+    with pytest.raises(InputError) as caught:
+        load_recipe("sticker-clip", [override])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"task: [", "is not valid YAML"),
+        (b"\xff\xfe", "is not valid YAML"),
+        (b"- clip", "is not a recipe"),
+        (b"", "is not a recipe"),
+    ],
+)
+def test_bad_recipe_files_are_refused(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(text)
+    with pytest.raises(InputError, match=message):
+        load_recipe(path)
+
+
+def test_unknown_recipe_lists_the_known_ones():
+    with pytest.raises(InputError, match=r'No recipe "stickr".*sticker-tokenizer'):
+        load_recipe("stickr")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"training.batch_size": 0}, "training.batch_size must be at least 1, got 0"),
+        ({"training.precision": "fp8"}, 'Unknown training.precision "fp8"'),
+        ({"task": "gan"}, 'Unknown task "gan"'),
+        ({"data.root": "nowhere/stickers"}, 'no pictures at "nowhere/stickers": set data.root'),
+        (
+            {"vae": "no/where/model"},
+            r'No AutoencoderKL could be loaded from "no/where/model" \(there is no.*set vae=',
+        ),
+        ({"data.options": "{colours: [red]}"}, "StickerPack cannot take these options"),
+        ({"data.options": "{styles: [oil]}"}, 'Unknown style "oil"'),
+    ],
+)
+def test_bad_settings_leave_nothing_behind(recipe_of, tmp_path, overrides, message):
+    with pytest.raises(InputError, match=message) as caught:
+        train(recipe_of("flextok", **overrides))
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_without_a_setting_and_with_a_strange_model(recipe_of):
+    recipe = recipe_of("flextok")
+    recipe["model"]["dephth"] = 3
+    with pytest.raises(InputError, match=r"does not fit FlexTok.*dephth"):
+        train(recipe)
+    recipe = recipe_of("flextok")
+    del recipe["training"]["ema"]
+    with pytest.raises(InputError, match='no setting "ema"'):
+        train(recipe)
+
+
+def test_learning_rate():
+    settings = {"lr": 1.0, "min_lr": 0.1, "warmup": 4, "steps": 12}
+    rates = [learning_rate(step, settings) for step in range(13)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[8] == pytest.approx(0.55)  # Half of the way down.
+    assert rates[12] == pytest.approx(0.1)
+    assert sorted(rates[4:], reverse=True) == rates[4:]
+
+
+# The order of the data
+
+
+def test_shuffled_index_visits_all_in_each_epoch():
+    picked = torch.cat([shuffled_index(i, 4, 10, seed=0) for i in range(5)]).tolist()
+    assert sorted(picked[:10]) == sorted(picked[10:]) == list(range(10))
+    assert picked[:10] != picked[10:]
+    assert shuffled_index(3, 4, 10, seed=0).tolist() == picked[12:16]
+
+
+def test_sticker_captions(parts):
+    dataset = StickerPack(parts / "pack")
+    captions = open_captions(dataset)
+    rng = random.Random(0)
+    index = [s.id for s in dataset.stickers].index("fluent-3d/1f301")
+    drawn = [captions.draw(index, rng) for _ in range(300)]
+    texts = {text for text, _ in drawn}
+    assert {"red square", "red square, 3d", "3d red square", "rot Quadrat", "\U0001f301"} <= texts
+    assert all(styled == ("3d" in text) for text, styled in drawn)
+    assert "red" in texts  # Words drop out.
+    everything = " ".join(captions.texts())
+    assert "gelb Ring" in everything and "schwarz Ring" not in everything  # Of the test split.
+
+
+def test_captions_of_own_pictures(tmp_path):
+    own_pictures(tmp_path)
+    captions = open_captions(ImageTextFolder(tmp_path), word_dropout=0.5)
+    rng = random.Random(0)
+    texts = {captions.draw(0, rng)[0] for _ in range(100)}
+    assert texts == {"black", "plain", "black plain"}
+    assert captions.concepts == [f"{colour} plain" for colour in sorted(COLOURS)]
+
+
+def own_pictures(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, (_, colour) in COLOURS.items():
+        Image.new("RGB", (40, 30), colour).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"{name} plain\n")
+
+
+# Runs
+
+
+def test_a_run_leaves_its_files(recipe_of, tmp_path):
+    model = train(recipe_of("flextok"))
+    run = tmp_path / "run"
+    assert model == run / "model"
+    assert sorted(p.name for p in run.iterdir()) == [
+        "checkpoint-4",
+        "log.jsonl",
+        "model",
+        "recipe.json",
+        "samples",
+        "tensorboard",
+    ]
+    assert json.loads((run / "recipe.json").read_text()) == recipe_of("flextok")
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    logged = [event.value for event in events.Scalars("loss")]
+    assert logged == pytest.approx([row["loss"] for row in rows])
+    with Image.open(run / "samples" / "000004.png") as grid:
+        assert grid.size == (16 * 34 + 2, 4 * 34 + 2)  # Pictures, and three prefix lengths.
+        assert grid.getcolors(256) is None  # More than that many.
+    # The exported weights are the averaged ones.
+    tokenizer, found = FlexTok.from_pretrained(model), weights(run)
+    for i, parameter in enumerate(tokenizer.parameters()):
+        assert torch.equal(parameter, found[f"ema/{i}"])
+    assert moved(
+        {k: v for k, v in found.items() if k.startswith("model/encoder")},
+        {f"model/{k}": v for k, v in tokenizer.state_dict().items()},
+    )
+
+
+@pytest.mark.parametrize(("task", "kind"), [("flextok", FlexTokTask), ("flexar", FlexARTask)])
+def test_interrupted_and_resumed_equals_uninterrupted(recipe_of, tmp_path, monkeypatch, task, kind):
+    train(recipe_of(task, "whole"))
+    torch.manual_seed(99)  # Whatever state a new process begins with.
+    with monkeypatch.context() as patch:
+        stop_at(patch, kind, 3, stop)
+        with pytest.raises(Stop):
+            train(recipe_of(task, "parts"))
+    assert newest_checkpoint(tmp_path / "parts").name == "checkpoint-2"
+    before = weights(tmp_path / "parts")
+    # What a kill in the middle of writing the next checkpoint leaves.
+    partial = tmp_path / "parts" / ".checkpoint-4.partial"
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"half")
+    train(recipe_of(task, "parts"), resume=True)
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert moved(before, weights(tmp_path / "parts")) > 1e-5
+    assert not partial.exists()
+
+
+def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(recipe_of, tmp_path, monkeypatch):
+    train(recipe_of("flextok", "whole"))
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        stop_at(patch, FlexTokTask, 2, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe_of("flextok", "parts"))
+    assert newest_checkpoint(tmp_path / "parts").name == "checkpoint-3"
+    assert signal.getsignal(signal.SIGINT) is handler
+    train(recipe_of("flextok", "parts"), resume=True)
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_a_second_ctrl_c_does_not_wait(recipe_of, tmp_path, monkeypatch):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    stop_at(monkeypatch, FlexTokTask, 2, twice)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe_of("flextok"))
+    assert newest_checkpoint(tmp_path / "run").name == "checkpoint-2"
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_from_nothing(recipe_of, tmp_path):
+    with pytest.raises(InputError, match="Nothing to resume"):
+        train(recipe_of("flextok"), resume=True)
+    train(recipe_of("flextok", **{"training.steps": 1}))
+    with pytest.raises(InputError, match="already holds a run: pass --resume"):
+        train(recipe_of("flextok"))
+
+
+def test_a_checkpoint_of_another_recipe_or_a_damaged_one_is_refused(recipe_of, tmp_path):
+    train(recipe_of("flextok", **{"training.steps": 1}))
+    with pytest.raises(InputError, match=r'of another model \(they differ in "encoder') as caught:
+        train(recipe_of("flextok", **{"model.encoder_depth": 2}), resume=True)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="of another model"):
+        train(recipe_of("flexar"), resume=True)
+    for file in ("model.safetensors", "optimizer.pt", "state.json"):
+        path = tmp_path / "run" / "checkpoint-1" / file
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2])
+        with pytest.raises(InputError, match="is damaged"):
+            train(recipe_of("flextok"), resume=True)
+        path.write_bytes(data)
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(recipe_of, tmp_path, monkeypatch):
+    saves = []
+
+    def save(state, path):
+        saves.append(path)
+        if len(saves) == 2:
+            raise OSError(28, "No space left on device")
+        Path(path).write_bytes(b"")
+        original(state, path)
+
+    original = trainer.torch.save
+    monkeypatch.setattr(trainer.torch, "save", save)
+    with pytest.raises(OSError, match="No space left"):
+        train(recipe_of("flextok"))
+    run = tmp_path / "run"
+    assert [p.name for p in run.glob("*checkpoint*")] == ["checkpoint-2"]
+    assert [p.name for p in run.glob(".*")] == []
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(recipe_of, tmp_path):
+    with pytest.raises(InputError, match=r"The loss is (nan|inf) after step .: lower training.lr"):
+        train(recipe_of("flextok", **{"training.lr": 1e30, "training.clip": 1e30}))
+
+
+def test_accumulation_of_two_halves_equals_the_joined_batch(recipe_of, tmp_path, monkeypatch):
+    def halves(self, index, size, generator, rows):
+        """Batch i of size n in one piece; at size n / 2, half i % 2 of batch i // 2."""
+        whole = 4
+        part = slice(index % (whole // size) * size, (index % (whole // size) + 1) * size)
+        index //= whole // size
+        seed = self.recipe["seed"] * 1_000_003 + index
+        return original(self, index, whole, torch.Generator().manual_seed(seed), part)
+
+    original = FlexTokTask.batch
+    monkeypatch.setattr(FlexTokTask, "batch", halves)
+    train(recipe_of("flextok", "joined"))
+    split = {"training.batch_size": 2, "training.gradient_accumulation": 2}
+    train(recipe_of("flextok", "split", **split))
+    train(recipe_of("flextok", "half", **{"training.batch_size": 2}))
+    joined, split, half = (weights(tmp_path / run) for run in ("joined", "split", "half"))
+    assert moved(joined, split) < 2e-6
+    assert moved(joined, half) > 1e-4
+
+
+SCRIPT = """
+import sys
+from tessera.training.config import load_recipe
+from tessera.training.trainer import train
+train(load_recipe(sys.argv[1]))
+"""
+
+
+def test_two_processes_equal_one_with_the_joined_batch(recipe_of, tmp_path):
+    steps = {"training.steps": 3}
+    train(recipe_of("flextok", "one", **steps))
+    recipe = recipe_of("flextok", "two", **steps)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", tmp_path / "script.py", tmp_path / "recipe.yaml"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert moved(one, two) < 2e-6
+
+
+# Own data
+
+
+def test_own_pictures_train_all_three_models(recipe_of, tmp_path):
+    own_pictures(tmp_path / "mine")
+    own = {"data.root": tmp_path / "mine", "training.steps": 2}
+    tokenizer = train(recipe_of("flextok", "tokenizer", **own))
+    clip = train(recipe_of("clip", "clip", **own))
+    models = {"tokenizer": tokenizer, "clip": clip}
+    generator = train(recipe_of("flexar", "generator", **own, **models))
+    assert "plain" in TextImageCLIP.from_pretrained(clip).bpe.encode("red plain").tokens[-1]
+    assert FlexAR.from_pretrained(generator).config.num_tokens == 16
+    for run in ("tokenizer", "clip", "generator"):
+        assert (tmp_path / run / "samples" / "000002.png").is_file()

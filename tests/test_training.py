@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,14 @@ from tessera.generators.autoregressive.flexar import FlexAR
 from tessera.generators.conditioning.clip import TextImageCLIP
 from tessera.modalities.datasets import ImageTextFolder, StickerPack
 from tessera.modalities.errors import InputError
-from tessera.tests.tiny import COLOURS, tiny_clip, tiny_pack, tiny_tokenizer
+from tessera.tests.tiny import COLOURS, tiny_clip, tiny_pack, tiny_pipeline, tiny_tokenizer
 from tessera.tokenizers.image.flextok import FlexTok
-from tessera.training import trainer
+from tessera.training import checkpoints
 from tessera.training.captions import open_captions
+from tessera.training.checkpoints import newest_checkpoint
 from tessera.training.config import list_recipes, load_recipe
 from tessera.training.tasks import TASKS, FlexARTask, FlexTokTask, shuffled_index
-from tessera.training.trainer import learning_rate, newest_checkpoint, train
+from tessera.training.trainer import check_settings, learning_rate, train
 
 COMMON = {
     "training.precision": "fp32",
@@ -131,13 +133,13 @@ def stop() -> None:
 # Recipes
 
 
-@pytest.mark.parametrize("name", list_recipes())
+@pytest.mark.parametrize("name", [name for name in list_recipes() if name != "sticker"])
 def test_shipped_recipes_load_in_both_sizes(name):
     small, large = load_recipe(name), load_recipe(name, ["size=gpu"])
     assert small == load_recipe(name, ["size=cpu"]) and "sizes" not in small
     assert small["task"] in TASKS
-    trainer.check_settings(small)
-    trainer.check_settings(large)
+    check_settings(small)
+    check_settings(large)
     assert large["training"]["steps"] > small["training"]["steps"]
     assert large["training"]["warmup"] == small["training"]["warmup"]  # Kept from the base.
 
@@ -363,6 +365,25 @@ def test_a_second_ctrl_c_does_not_wait(recipe_of, tmp_path, monkeypatch):
     assert newest_checkpoint(tmp_path / "run").name == "checkpoint-2"
 
 
+def test_ctrl_c_on_the_command_line_exits_130(recipe_of, tmp_path):
+    steps = {"training.steps": 1_000_000, "training.save_every": 1_000_000}
+    steps |= {"training.sample_every": 1_000_000}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe_of("flextok", **steps)))
+    command = [sys.executable, "-m", "tessera", "train", str(tmp_path / "recipe.yaml")]
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 300
+    while process.poll() is None and not (tmp_path / "run" / "log.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert newest_checkpoint(tmp_path / "run") is not None
+
+
 def test_a_run_is_neither_overwritten_nor_resumed_from_nothing(recipe_of, tmp_path):
     with pytest.raises(InputError, match="Nothing to resume"):
         train(recipe_of("flextok"), resume=True)
@@ -397,8 +418,8 @@ def test_a_full_disk_keeps_the_checkpoint_before(recipe_of, tmp_path, monkeypatc
         Path(path).write_bytes(b"")
         original(state, path)
 
-    original = trainer.torch.save
-    monkeypatch.setattr(trainer.torch, "save", save)
+    original = torch.save
+    monkeypatch.setattr(checkpoints.torch, "save", save)
     with pytest.raises(OSError, match="No space left"):
         train(recipe_of("flextok"))
     run = tmp_path / "run"
@@ -431,12 +452,10 @@ def test_accumulation_of_two_halves_equals_the_joined_batch(recipe_of, tmp_path,
     assert moved(joined, half) > 1e-4
 
 
-SCRIPT = """
-import sys
-from tessera.training.config import load_recipe
-from tessera.training.trainer import train
-train(load_recipe(sys.argv[1]))
-"""
+def environment() -> dict[str, str]:
+    """One thread a process, no GPU, and only the loopback device between processes."""
+    ours = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+    return os.environ | ours
 
 
 def test_two_processes_equal_one_with_the_joined_batch(recipe_of, tmp_path):
@@ -444,18 +463,54 @@ def test_two_processes_equal_one_with_the_joined_batch(recipe_of, tmp_path):
     train(recipe_of("flextok", "one", **steps))
     recipe = recipe_of("flextok", "two", **steps)
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", tmp_path / "script.py", tmp_path / "recipe.yaml"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node", "2", "-m", "tessera", "train"]
+    command.append(str(tmp_path / "recipe.yaml"))
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert moved(one, two) < 2e-6
 
 
-# Own data
+# A pipeline of the parts, and own data
+
+
+def test_assembled_parts_make_pictures(parts, tmp_path):
+    from tessera.pipelines.text_to_image import TextToImagePipeline
+
+    tiny_pipeline().generator.save_pretrained(tmp_path / "generator")
+    folders = {"tokenizer": parts / "tokenizer", "clip": parts / "clip"}
+    folders |= {"generator": tmp_path / "generator", "output": tmp_path / "pipeline"}
+    overrides = [f"{key}={value}" for key, value in folders.items()]
+    overrides += ["dtype=fp32", "pipeline.default_num_tokens=16", "pipeline.styles=3d,flat"]
+    for _ in range(2):  # The second time in place of the first.
+        assert train(load_recipe("sticker", overrides)) == tmp_path / "pipeline"
+    loaded = TextToImagePipeline.from_pretrained(tmp_path / "pipeline")
+    expected, generators = tiny_pipeline(), [torch.Generator().manual_seed(7)]
+    assert loaded.styles == ["3d", "flat"]
+    again = [torch.Generator().manual_seed(7)]
+    images = loaded("red ring", generator=again, output_type="pt")
+    wanted = expected("red ring", generator=generators, num_tokens=16, output_type="pt")
+    assert torch.equal(images.tokens, wanted.tokens)
+    assert torch.equal(images.images, wanted.images)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dtype=int8", 'Unknown dtype "int8"'),
+        ("generator=no/where/model", r'No FlexAR could be loaded from "no/where/model"'),
+        ("output=.", '"." holds something else'),
+    ],
+)
+def test_bad_parts_are_refused(parts, tmp_path, monkeypatch, override, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("keep")
+    folders = {key: parts / key for key in ("tokenizer", "clip")}
+    overrides = [f"{key}={value}" for key, value in folders.items()]
+    with pytest.raises(InputError, match=message):
+        train(load_recipe("sticker", [*overrides, override]))
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_own_pictures_train_all_three_models(recipe_of, tmp_path):

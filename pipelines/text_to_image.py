@@ -140,7 +140,7 @@ class TextToImagePipeline(DiffusionPipeline):
         Raises:
             InputError: nothing of that name, or a folder that is not such a pipeline.
         """
-        path = resolve_model(name, kind="pipeline")
+        path = resolve_model(name)
         options.setdefault("torch_dtype", torch.float32)
         try:
             pipeline = super().from_pretrained(path, **options)

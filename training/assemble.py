@@ -35,10 +35,8 @@ def assemble(recipe: dict[str, Any]) -> Path:
     if recipe["dtype"] not in DTYPES:
         raise InputError(f'Unknown dtype "{recipe["dtype"]}": choose from {", ".join(DTYPES)}.')
     kinds = {"tokenizer": FlexTok, "generator": FlexAR, "clip": TextImageCLIP}
-    parts = {
-        key: load_frozen(kind, recipe, key).to(DTYPES[recipe["dtype"]])
-        for key, kind in kinds.items()
-    }
+    dtype = DTYPES[recipe["dtype"]]
+    parts = {key: load_frozen(kind, recipe, key, dtype) for key, kind in kinds.items()}
     pipeline = build(TextToImagePipeline, **parts, **recipe["pipeline"])
     replace_folder(output, pipeline.save_pretrained)
     return output

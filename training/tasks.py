@@ -84,11 +84,13 @@ def load_pictures(settings: dict[str, Any], image_size: int) -> tuple[ImageTextD
     return dataset, pictures
 
 
-def load_frozen(kind: type[Model], recipe: dict[str, Any], key: str) -> Model:
+def load_frozen(
+    kind: type[Model], recipe: dict[str, Any], key: str, dtype: torch.dtype = torch.float32
+) -> Model:
     """The model in the folder (or of the hub id) that the recipe names under ``key``."""
     folder = recipe[key]
     try:
-        return kind.from_pretrained(folder)
+        return kind.from_pretrained(folder, dtype=dtype)
     except Exception as error:  # Each way of being no such model has an error class of its own.
         reason = "there is no such folder"
         if Path(folder).is_dir():

@@ -139,9 +139,9 @@ def train(recipe: dict[str, Any], resume: bool = False) -> Path:
             step += 1
             progress.update(bar, completed=step)
 
-            last = step == settings["steps"]
+            last, stop = step == settings["steps"], interrupted.is_set()
             log = last or step % settings["log_every"] == 0
-            save = last or interrupted.is_set() or step % settings["save_every"] == 0
+            save = last or stop or step % settings["save_every"] == 0
             # Only now are the numbers fetched, so that a GPU need not wait for them every step.
             if (log or save) and not math.isfinite(metrics["loss"]):
                 raise InputError(
@@ -161,7 +161,7 @@ def train(recipe: dict[str, Any], resume: bool = False) -> Path:
                 progress.update(bar, note=f"loss {row['loss']:.4f}  {rate:.0f}/s")
             if main and save:
                 save_checkpoint(output, step, model, ema, optimizer)
-            if interrupted.is_set():
+            if stop:
                 raise KeyboardInterrupt
             if main and (last or step % settings["sample_every"] == 0):
                 with averaged(model, ema):

@@ -154,7 +154,8 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         self.patch_embed = PatchEmbed(channels, patch_size, dim, grid)
-        self.registers = nn.Parameter(nn.init.trunc_normal_(torch.empty(registers, dim), std=0.02))
+        self.registers = nn.Parameter(torch.empty(registers, dim))
+        nn.init.trunc_normal_(self.registers, std=0.02)
         self.blocks = nn.ModuleList(EncoderBlock(dim, head_dim, mlp_ratio) for _ in range(depth))
         self.proj = nn.Linear(dim, code_dim)
 
@@ -211,11 +212,11 @@ class FlowDecoder(nn.Module):
         self.num_registers = registers
         self.channels = channels
         self.from_codes = nn.Linear(code_dim, dim)
-        self.register_positions = nn.Parameter(
-            nn.init.trunc_normal_(torch.empty(registers, dim), std=0.02)
-        )
-        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(dim), std=0.02))
-        self.null_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(dim), std=0.02))
+        self.register_positions = nn.Parameter(torch.empty(registers, dim))
+        self.mask_token = nn.Parameter(torch.empty(dim))
+        self.null_token = nn.Parameter(torch.empty(dim))
+        for parameter in (self.register_positions, self.mask_token, self.null_token):
+            nn.init.trunc_normal_(parameter, std=0.02)
         self.patch_embed = PatchEmbed(channels, patch_size, dim, grid)
         self.time_embed = TimeEmbed(dim, max_timestep)
         self.blocks = nn.ModuleList(DecoderBlock(dim, head_dim, mlp_ratio) for _ in range(depth))

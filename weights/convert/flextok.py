@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,9 @@ _IGNORED = re.compile(
 )
 
 
-def convert_state_dict(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def convert_state_dict(
+    published: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> dict[str, Tensor]:
     """Rename and stack: q, k, v into ``qkv`` and fc1, fc3 into ``fc1_fc3``.
 
     Raises:
@@ -56,5 +59,7 @@ def convert_state_dict(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state[f"{stem}qkv.weight"] = torch.cat(parts)
     for name in [n for n in state if n.endswith(".mlp.fc1.weight") and not n.startswith("vae.")]:
         stem = name.removesuffix("fc1.weight")
-        state[f"{stem}fc1_fc3.weight"] = torch.cat([state.pop(name), state.pop(f"{stem}fc3.weight")])
+        state[f"{stem}fc1_fc3.weight"] = torch.cat(
+            [state.pop(name), state.pop(f"{stem}fc3.weight")]
+        )
     return state

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from tessera.benchmarks import bench_sticker
 from tessera.modalities.errors import InputError
 from tessera.tests.tiny import tiny_pipeline
-from torch.nn import functional as F
 
 
 def test_count_flop_of_known_operations():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+
 from tessera.modalities.datasets import (
     ImageTextFolder,
     StickerPack,

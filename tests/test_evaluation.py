@@ -6,6 +6,8 @@ import random
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
+
 from tessera.evaluation.evaluate import evaluate, sample_names
 from tessera.evaluation.metrics import (
     diversity,
@@ -18,7 +20,6 @@ from tessera.evaluation.metrics import (
 from tessera.modalities.datasets import StickerPack, open_dataset
 from tessera.modalities.errors import InputError
 from tessera.tests.tiny import tiny_pack, tiny_pipeline, tiny_tokenizer
-from torch.nn import functional as F
 
 
 def test_psnr_of_a_known_error():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
+
 from tessera.modalities.errors import InputError
 from tessera.modalities.files import atomic_path
 from tessera.modalities.image import (

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+
 from tessera.modalities.errors import InputError
 from tessera.modalities.metadata import (
     as_parameters,

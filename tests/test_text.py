@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from tessera.modalities.errors import InputError
 from tessera.modalities.text import clean_prompt, expand_prompt
 

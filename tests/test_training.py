@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from tessera.generators.autoregressive.flexar import FlexAR
 from tessera.generators.conditioning.clip import TextImageCLIP
 from tessera.modalities.datasets import ImageTextFolder, StickerPack

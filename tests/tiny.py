@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, ImageDraw
+
 from tessera.generators.autoregressive.flexar import FlexAR
 from tessera.generators.conditioning.clip import TextImageCLIP, train_bpe
 from tessera.tokenizers.image.flextok import FlexTok

@@ -55,7 +55,7 @@ class Tokenizer(ABC):
             raise InputError(
                 f"This tokenizer decodes 1 to {self.num_tokens} tokens, got {tokens.shape[1]}."
             )
-        if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < self.vocab_size):
+        if tokens.numel() and not (int(tokens.min()) >= 0 and int(tokens.max()) < self.vocab_size):
             raise InputError(
                 f"Token ids must lie in 0 to {self.vocab_size - 1}, got "
                 f"{int(tokens.min())} to {int(tokens.max())}."

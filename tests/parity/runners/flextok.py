@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from tessera.tokenizers.image.flextok import FlexTok, TimeEmbed
 from tessera.weights.convert.flextok import convert_state_dict
 from tessera.weights.loading import load_strict

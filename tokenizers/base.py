@@ -17,23 +17,26 @@ class Tokenizer(ABC):
 
     Attributes:
         num_tokens: tokens of one item (the longest, where the length is flexible).
-        vocab_size: number of ids of a discrete tokenizer.
+        vocab_size: number of ids of a discrete tokenizer; None for a continuous one.
+        latent_dim: width of a continuous token; None for a discrete tokenizer.
         ordered: whether every prefix of the tokens decodes, coarse to fine.
         image_size: side of the square picture in pixels.
     """
 
     num_tokens: int
-    vocab_size: int
+    vocab_size: int | None
+    latent_dim: int | None = None
     ordered: bool
     image_size: int
 
     @abstractmethod
     def encode(self, media: Tensor) -> Tensor:
-        """Media ``[B, C, H, W]`` in [-1, 1] -> int64 tokens ``[B, num_tokens]``."""
+        """Media ``[B, C, H, W]`` in [-1, 1] -> tokens: int64 ``[B, num_tokens]``, or float
+        ``[B, num_tokens, latent_dim]`` of a continuous tokenizer."""
 
     @abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens ``[B, k]`` -> media ``[B, C, H, W]``, about [-1, 1], not clamped."""
+        """Tokens ``[B, k]`` (or ``[B, k, latent_dim]``) -> media ``[B, C, H, W]``, about [-1, 1], not clamped."""
 
     def check_images(self, images: Tensor) -> None:
         """Raise InputError unless images are ``[B, 3, image_size, image_size]``."""
@@ -42,6 +45,16 @@ class Tokenizer(ABC):
             raise InputError(
                 f"This tokenizer reads pictures of shape [batch, 3, {self.image_size}, "
                 f"{self.image_size}], got {list(images.shape)}: resize them first."
+            )
+
+    def check_latents(self, latents: Tensor) -> None:
+        """Raise InputError unless latents are float ``[B, num_tokens, latent_dim]``."""
+        expected = (self.num_tokens, self.latent_dim)
+        if not latents.dtype.is_floating_point or tuple(latents.shape[1:]) != expected:
+            raise InputError(
+                f"This tokenizer decodes latents of shape [batch, {self.num_tokens}, "
+                f"{self.latent_dim}], got {str(latents.dtype).removeprefix('torch.')} "
+                f"{list(latents.shape)}."
             )
 
     def check_tokens(self, tokens: Tensor) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ...modalities.errors import InputError
 from ..base import Tokenizer
+from ..guidance import Guidance, NormalizedGuidance, classifier_free_guidance
 from ..quantizers.fsq import FSQ
 
 
@@ -51,9 +52,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.proj = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """``[B, S, D]``, mask broadcastable to ``[B, heads, S, S]`` -> ``[B, S, D]``."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+    def forward(self, x: Tensor, mask: Tensor | None, rows: slice) -> Tensor:
+        """``[B, S, D]``, mask broadcastable to ``[B, heads, R, S]`` -> the queried rows ``[B, R, D]``."""
+        dim = x.shape[-1]
+        to_q, to_kv = self.qkv.weight.split([dim, 2 * dim])
+        q = F.linear(x[:, rows], to_q).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        k, v = F.linear(x, to_kv).unflatten(-1, (2, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
         q, k = norm(q).to(v.dtype), norm(k).to(v.dtype)
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(v.dtype)
@@ -79,8 +83,9 @@ class EncoderBlock(nn.Module):
         self.attn = Attention(dim, head_dim)
         self.mlp = SwiGLU(dim, mlp_ratio)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        x = x + self.attn(norm(x), mask)
+    def forward(self, x: Tensor, mask: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Tokens ``[B, S, D]`` -> the given rows after the block, ``[B, R, D]``."""
+        x = x[:, rows] + self.attn(norm(x), mask, rows)
         return x + self.mlp(norm(x))
 
 
@@ -95,29 +100,34 @@ class DecoderBlock(EncoderBlock):
         """SiLU of the time embedding ``[B, D]`` -> ``[B, 2, 6, D]`` (patches, registers)."""
         return self.adaln(temb).unflatten(-1, (2, 6, -1))
 
-    def forward(self, x: Tensor, mask: Tensor | None, modulation: Tensor, patches: int) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None, modulation: Tensor, patches: int, last: bool = False
+    ) -> Tensor:
+        """Tokens ``[B, S, D]`` -> the same; the last block returns the patches ``[B, patches, D]``."""
         gate_msa, gate_mlp, shift_msa, scale_msa, shift_mlp, scale_mlp = modulation.unbind(2)
-        h = modulate(norm(x), shift_msa, scale_msa, patches)
-        x = x + gate(self.attn(h, mask), gate_msa, patches)
-        h = modulate(norm(x), shift_mlp, scale_mlp, patches)
-        return x + gate(self.mlp(h), gate_mlp, patches)
+        groups = (patches, x.shape[1] - patches)
+        h = modulate(norm(x), shift_msa, scale_msa, groups)
+        rows = slice(None)
+        if last:
+            groups, rows = groups[:1], slice(patches)
+        x = gate(x[:, rows], self.attn(h, mask, rows), gate_msa, groups)
+        h = modulate(norm(x), shift_mlp, scale_mlp, groups)
+        return gate(x, self.mlp(h), gate_mlp, groups)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, patches: int) -> Tensor:
-    """``x (1 + scale) + shift`` with row 0 of ``[B, 2, D]`` for the patches, row 1 for the rest."""
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, groups: Sequence[int]) -> Tensor:
+    """``x (1 + scale) + shift``; group i of the tokens takes row i of ``[B, G, D]``."""
     scale = 1 + scale
+    parts = enumerate(x.split(groups, dim=1))
     return torch.cat(
-        [
-            torch.addcmul(shift[:, :1], x[:, :patches], scale[:, :1]),
-            torch.addcmul(shift[:, 1:], x[:, patches:], scale[:, 1:]),
-        ],
-        dim=1,
+        [torch.addcmul(shift[:, i, None], part, scale[:, i, None]) for i, part in parts], dim=1
     )
 
 
-def gate(x: Tensor, gates: Tensor, patches: int) -> Tensor:
-    """``x`` times row 0 of ``[B, 2, D]`` for the patches, row 1 for the rest."""
-    return torch.cat([x[:, :patches] * gates[:, :1], x[:, patches:] * gates[:, 1:]], dim=1)
+def gate(x: Tensor, update: Tensor, gates: Tensor, groups: Sequence[int]) -> Tensor:
+    """``x + gates * update``; group i of the tokens takes row i of ``[B, G, D]``."""
+    parts = enumerate(zip(x.split(groups, dim=1), update.split(groups, dim=1), strict=True))
+    return torch.cat([torch.addcmul(a, b, gates[:, i, None]) for i, (a, b) in parts], dim=1)
 
 
 class PatchEmbed(nn.Module):
@@ -170,9 +180,10 @@ class Encoder(nn.Module):
         order = torch.arange(x.shape[1], device=x.device) - patches.shape[1] + 1
         order = order.clamp(min=0)  # 0 for every patch, then 1, 2, ...
         mask = order[None] <= order[:, None]
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, mask)
-        return self.proj(norm(x[:, patches.shape[1] :]))
+        wanted = slice(patches.shape[1], None)
+        return self.proj(norm(self.blocks[-1](x, mask[wanted], wanted)))
 
 
 class TimeEmbed(nn.Module):
@@ -225,7 +236,7 @@ class FlowDecoder(nn.Module):
 
     def condition(
         self, codes: Tensor, keep: Tensor | None = None, drop: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Register tokens of a condition, with the masked ones merged into one.
 
         In the paper every register from ``keep`` on becomes the same mask token without a position,
@@ -239,11 +250,14 @@ class FlowDecoder(nn.Module):
             drop: items whose whole condition is dropped, bool ``[B]``.
 
         Returns:
-            tokens ``[B, k + 1, D]`` and their attention bias ``[B, k + 1]``.
+            tokens ``[B, k + 1, D]`` and their attention bias ``[B, k + 1]``; where every register is
+            kept ``[B, k, D]`` and None.
         """
         batch, k = codes.shape[:2]
         tokens = self.from_codes(codes)
         tokens = tokens + self.register_positions[:k].to(tokens.dtype)
+        if k == self.num_registers and keep is None and drop is None:
+            return tokens, None
         if keep is None:
             keep = torch.full((batch,), k, device=codes.device)
         if drop is None:
@@ -257,40 +271,35 @@ class FlowDecoder(nn.Module):
             [bias, count[:, None]], 1
         )
 
-    def forward(self, x: Tensor, t: Tensor, tokens: Tensor, bias: Tensor) -> Tensor:
+    def modulations(self, t: Tensor) -> list[Tensor]:
+        """Times ``[T]`` -> adaLN of each block ``[T, 2, 6, D]``, then of the output ``[T, 1, 2, D]``.
+
+        They depend on the time alone: a sampler computes them once for all of its steps.
+        """
+        temb = F.silu(self.time_embed(t))
+        output = self.adaln(temb).unflatten(-1, (1, 2, -1))
+        return [*(block.modulation(temb) for block in self.blocks), output]
+
+    def forward(self, x: Tensor, t: Tensor, tokens: Tensor, bias: Tensor | None) -> Tensor:
         """Noised latents ``[B, C, h, w]``, times ``[B]`` (1 = noise), condition -> velocity."""
+        return self.velocity(x, self.modulations(t), tokens, bias)
+
+    def velocity(
+        self, x: Tensor, modulations: Sequence[Tensor], tokens: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """``forward`` with the modulations at hand, for each item or one time (T = 1) for all."""
         patch_size = self.patch_embed.patch_size
         rows, columns = x.shape[2] // patch_size, x.shape[3] // patch_size
         patches = rows * columns
-        temb = F.silu(self.time_embed(t))
+        *blocks, output = modulations
         h = torch.cat([self.patch_embed(x), tokens], dim=1)
-        mask = F.pad(bias, (patches, 0))[:, None, None]
-        for block in self.blocks:
-            h = block(h, mask, block.modulation(temb), patches)
-        shift, scale = self.adaln(temb)[:, None].chunk(2, dim=-1)
-        h = self.proj(norm(h[:, :patches]) * (1 + scale) + shift)
+        mask = None if bias is None else F.pad(bias, (patches, 0))[:, None, None]
+        for i, (block, modulation) in enumerate(zip(self.blocks, blocks, strict=True), start=1):
+            h = block(h, mask, modulation, patches, last=i == len(blocks))
+        shift, scale = output.unbind(2)
+        h = self.proj(modulate(norm(h), shift, scale, (patches,)))
         h = h.unflatten(1, (rows, columns)).unflatten(-1, (patch_size, patch_size, -1))
         return h.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-
-
-class NormalizedGuidance:
-    """Adaptive projected guidance (Sadat et al., arXiv 2410.02416) with the published settings."""
-
-    momentum = -0.5
-    threshold = 2.5
-
-    def __init__(self) -> None:
-        self.average: Tensor | float = 0.0
-
-    def __call__(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-        self.average = conditional - unconditional + self.momentum * self.average
-        difference = self.average
-        length = difference.flatten(1).norm(dim=1)[:, None, None, None]
-        difference = difference * (self.threshold / length.clamp(min=1e-12)).clamp(max=1)
-        direction = F.normalize(conditional.double().flatten(1), dim=1).view(conditional.shape)
-        parallel = (difference.double() * direction).flatten(1).sum(1)[:, None, None, None]
-        orthogonal = difference.double() - parallel * direction
-        return conditional + (scale - 1) * orthogonal.to(conditional.dtype)
 
 
 class FlexTok(Tokenizer, ModelMixin, ConfigMixin):
@@ -308,9 +317,12 @@ class FlexTok(Tokenizer, ModelMixin, ConfigMixin):
         num_inference_steps: default Euler steps of ``decode``.
         guidance_scale: default guidance of ``decode``; 1 needs no unconditional pass.
         normalized_guidance: adaptive projected guidance in place of plain guidance.
+        sample_posterior: draw the VAE's latents at ``encode`` instead of taking their mean. The
+            published pipeline draws, so its ids differ from one call to the next.
     """
 
     ordered = True
+    _keep_in_fp32_modules = ("vae",)  # As published, also where the rest runs in bfloat16.
     _supports_gradient_checkpointing = False
 
     @register_to_config
@@ -335,6 +347,7 @@ class FlexTok(Tokenizer, ModelMixin, ConfigMixin):
         num_inference_steps: int = 25,
         guidance_scale: float = 7.5,
         normalized_guidance: bool = True,
+        sample_posterior: bool = False,
     ):
         super().__init__()
         self.vae = None if vae_config is None else AutoencoderKL.from_config(dict(vae_config))
@@ -386,24 +399,44 @@ class FlexTok(Tokenizer, ModelMixin, ConfigMixin):
         return self.vae.config.scaling_factor if factor is None else factor
 
     @torch.no_grad()
-    def encode_latents(self, images: Tensor) -> Tensor:
-        """Pictures ``[B, 3, H, W]`` in [-1, 1] -> scaled latents ``[B, C, h, w]`` (posterior mean)."""
+    def encode_latents(
+        self,
+        images: Tensor,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> Tensor:
+        """Pictures ``[B, 3, H, W]`` in [-1, 1] -> scaled latents ``[B, C, h, w]``.
+
+        The mean of the VAE's posterior, or a sample of it if ``sample_posterior`` is set.
+        """
         if self.vae is None:
-            return images
-        return self.vae.encode(images).latent_dist.mode() * self.scaling_factor
+            return images.to(self.dtype)
+        posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
+        latents = posterior.mode()
+        if self.config.sample_posterior:
+            noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
+            latents = latents + posterior.std * noise
+        return (latents * self.scaling_factor).to(self.dtype)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents ``[B, C, h, w]`` -> pictures ``[B, 3, H, W]``."""
         if self.vae is None:
             return latents
-        return self.vae.decode(latents / self.scaling_factor).sample
+        return self.vae.decode((latents / self.scaling_factor).to(self.vae.dtype)).sample
 
     @torch.no_grad()
-    def encode(self, images: Tensor, num_tokens: int | None = None) -> Tensor:
-        """Pictures ``[B, 3, image_size, image_size]`` in [-1, 1] -> ids int64 ``[B, num_tokens]``."""
+    def encode(
+        self,
+        images: Tensor,
+        num_tokens: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> Tensor:
+        """Pictures ``[B, 3, image_size, image_size]`` in [-1, 1] -> ids int64 ``[B, num_tokens]``.
+
+        ``generator`` draws the latents where ``sample_posterior`` is set.
+        """
         self.check_images(images)
-        return self.encode_from_latents(self.encode_latents(images.to(self.dtype)), num_tokens)
+        return self.encode_from_latents(self.encode_latents(images, generator), num_tokens)
 
     @torch.no_grad()
     def encode_from_latents(self, latents: Tensor, num_tokens: int | None = None) -> Tensor:
@@ -473,8 +506,12 @@ class FlexTok(Tokenizer, ModelMixin, ConfigMixin):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         noise: Tensor | None = None,
         callback: Callable[[int, int], None] | None = None,
+        guidance: Guidance | None = None,
     ) -> Tensor:
-        """The Euler sampler of ``decode``: scaled latents ``[B, C, h, w]``."""
+        """The Euler sampler of ``decode``: scaled latents ``[B, C, h, w]``.
+
+        ``guidance`` joins the two velocities; default as the configuration says.
+        """
         steps = num_inference_steps or self.config.num_inference_steps
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         if steps < 1:
@@ -492,24 +529,23 @@ class FlexTok(Tokenizer, ModelMixin, ConfigMixin):
             shape = (len(tokens), self.config.latent_channels, side, side)
             generator = list(generator) if isinstance(generator, Sequence) else generator
             noise = randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)
-        x = noise.float()
+        x = noise.float()  # Steps add up in float32, whatever the network runs in.
         if scale != 1:
             # The null condition is one token, so it runs as its own shorter batch.
             drop = torch.ones(len(x), dtype=torch.bool, device=x.device)
             null, null_bias = self.decoder.condition(codes[:, :0], drop=drop)
-            guide = NormalizedGuidance() if self.config.normalized_guidance else plain_guidance
-        for step in range(steps, 0, -1):
-            t = torch.full((len(x),), step / steps, device=x.device)
-            velocity = self.decoder(x.to(self.dtype), t, condition, bias).float()
+            if guidance is None:
+                normalized = self.config.normalized_guidance
+                guidance = NormalizedGuidance() if normalized else classifier_free_guidance
+        times = torch.arange(steps, 0, -1, device=x.device) / steps
+        of_steps = zip(*(part.split(1) for part in self.decoder.modulations(times)), strict=True)
+        for step, modulations in enumerate(of_steps, start=1):
+            now = x.to(self.dtype)
+            velocity = self.decoder.velocity(now, modulations, condition, bias).float()
             if scale != 1:
-                unconditional = self.decoder(x.to(self.dtype), t, null, null_bias).float()
-                velocity = guide(velocity, unconditional, scale)
+                unconditional = self.decoder.velocity(now, modulations, null, null_bias).float()
+                velocity = guidance(velocity, unconditional, scale)
             x = x - velocity / steps
             if callback is not None:
-                callback(steps - step + 1, steps)
-        return x.to(self.dtype)
-
-
-def plain_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598)."""
-    return unconditional + scale * (conditional - unconditional)
+                callback(step, steps)
+        return x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tessera.tokenizers.guidance import NormalizedGuidance, classifier_free_guidance
 from tessera.tokenizers.image.flextok import FlexTok, TimeEmbed
 from tessera.weights.convert.flextok import convert_state_dict
 from tessera.weights.loading import load_strict
@@ -36,6 +37,7 @@ def build(case):
         head_dim=c["head_dim"],
         mlp_ratio=c["mlp_ratio"],
         max_timestep=c["max_timestep"],
+        sample_posterior=c["sample_posterior"],
     ).eval()
     load_strict(model, convert_state_dict(case.state(), dict(model.config)))
     return model
@@ -85,12 +87,20 @@ def denoise(case):
 
 def decode(case):
     model = build(case)
-    model.register_to_config(normalized_guidance=case.args["normalised_guidance"])
+    guidance = classifier_free_guidance
+    if case.args["normalised_guidance"]:
+        guidance = NormalizedGuidance(
+            *(case.args[k] for k in ("momentum", "norm_threshold", "eta"))
+        )
     prefixes = [
         row[:k] for row, k in zip(case.inputs["dec_tokens"], case.inputs["keep_k"], strict=True)
     ]
     latents = model.sample_latents(
-        prefixes, case.args["timesteps"], case.args["guidance_scale"], noise=case.inputs["noise"]
+        prefixes,
+        case.args["timesteps"],
+        case.args["guidance_scale"],
+        noise=case.inputs["noise"],
+        guidance=guidance,
     )
     return {"latents": latents, "images": model.decode_latents(latents)}
 

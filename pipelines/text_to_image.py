@@ -141,7 +141,7 @@ class TextToImagePipeline(DiffusionPipeline):
             InputError: nothing of that name, or a folder that is not such a pipeline.
         """
         path = resolve_model(name)
-        options.setdefault("torch_dtype", torch.float32)
+        options.setdefault("dtype", torch.float32)
         try:
             pipeline = super().from_pretrained(path, **options)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:

@@ -48,9 +48,8 @@ def test_long_texts_are_cut_and_counted(clip):
 def test_pictures_of_any_size(clip):
     picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert clip.encode_image(picture).shape == (1, 16)
-    assert torch.equal(
-        clip.encode_image(picture * 5), clip.encode_image((picture * 5).clamp(-1, 1))
-    )
+    small = picture[..., :32, :32]
+    assert torch.equal(clip.encode_image(small * 5), clip.encode_image((small * 5).clamp(-1, 1)))
 
 
 def test_loss_with_several_positives(clip):

@@ -24,6 +24,7 @@ from ..modalities.files import atomic_path
 from ..modalities.image import fit_image, to_tensor
 from ..pipelines.seeds import check_seed, noise_stream
 from ..tokenizers.base import Tokenizer
+from ..weights.registry import find_model
 from .metrics import (
     LPIPS_MIN_SIZE,
     diversity,
@@ -217,8 +218,12 @@ def _number(value: float | None) -> str:
 
 
 def _load_model(name: str | Path) -> TextToImagePipeline | Tokenizer:
-    folder = Path(name)
-    if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
+    folder, info = Path(name), find_model(str(name))
+    is_tokenizer = info is not None and info.task.endswith("-tokenizer")
+    is_tokenizer |= (folder / "config.json").is_file() and not (
+        folder / "model_index.json"
+    ).is_file()
+    if is_tokenizer:
         from ..tokenizers.auto import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(name)

@@ -59,7 +59,8 @@ class ReconstructionPipeline(DiffusionPipeline):
         Args:
             media: a picture (path, bytes, PIL), a list of them, or a tensor ``[B, 3, S, S]`` in
                 [-1, 1].
-            num_tokens: prefix lengths; default the powers of two and all tokens.
+            num_tokens: prefix lengths; default the powers of two and all tokens, or all tokens
+                where the tokenizer is not ordered.
             seed: of the decoder noise; the same for every picture and length.
             callback: called with (lengths done, lengths).
 
@@ -69,7 +70,8 @@ class ReconstructionPipeline(DiffusionPipeline):
         tokenizer = self.tokenizer
         if num_tokens is None:
             powers = [2**i for i in range(tokenizer.num_tokens.bit_length())]
-            num_tokens = [n for n in powers if n < tokenizer.num_tokens] + [tokenizer.num_tokens]
+            prefixes = [n for n in powers if n < tokenizer.num_tokens and tokenizer.ordered]
+            num_tokens = [*prefixes, tokenizer.num_tokens]
         lengths = list(dict.fromkeys(num_tokens))
         for length in lengths:
             if not 1 <= length <= tokenizer.num_tokens:

@@ -1,0 +1,426 @@
+"""``tessera image`` and ``tessera info``: make pictures, and read how they were made."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ..modalities.errors import InputError
+from ..modalities.text import MAX_PROMPT_CHARACTERS, expand_prompt
+from .commands_shared import (
+    DEFAULT_MODEL,
+    AsJson,
+    Force,
+    Metadata,
+    check_folder,
+    check_outputs,
+    check_picture_suffix,
+    load_pipeline,
+    load_tokenizer,
+    note,
+    output_folder,
+    print_json,
+    progress_bar,
+    slug,
+)
+
+# Pictures of one prompt drawn together. Their number is part of the record, since the rounding of
+# matrix products depends on it.
+BATCH = 8
+MAX_PROMPT_FILE_CHARACTERS = 1_000_000
+_STREAM_SETTINGS = (
+    "num_tokens",
+    "num_inference_steps",
+    "guidance_scale",
+    "temperature",
+    "top_k",
+    "top_p",
+    "style",
+)
+
+
+def image(
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to draw; {red,blue} makes both.", show_default=False)
+    ] = None,
+    count: Annotated[
+        int, typer.Option("-n", "--count", min=1, max=1000, help="Pictures of each prompt.")
+    ] = 1,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the first picture; default: random, and printed.")
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option("-o", "--out", help="A file or a folder; default: outputs/DATE/."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="Name or folder of a model.")] = DEFAULT_MODEL,
+    style: Annotated[str | None, typer.Option(help="One of the model's styles.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Fewer are coarser and quicker.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, max=100, help="How strongly the prompt is followed.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, max=100, help="0 is the likeliest, 1 as trained.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Of the decoder.")] = None,
+    from_file: Annotated[
+        str | None, typer.Option("--from", help="A text file with one prompt a line; - is stdin.")
+    ] = None,
+    file_format: Annotated[
+        Literal["png", "webp", "jpeg"] | None, typer.Option("--format", help="Default: png.")
+    ] = None,
+    force: Force = False,
+    as_json: AsJson = False,
+    no_metadata: Metadata = False,
+) -> None:
+    """Make pictures from a sentence.
+
+    Picture i of a prompt has the seed SEED + i and shows the same, whatever -n is. The settings
+    are kept in each file: see tessera info.
+    """
+    prompts = _prompts(prompt, from_file)
+    folder = output_folder(out)
+    if folder is None:
+        _check_single_file(Path(out), len(prompts) * count, file_format)
+        check_outputs([Path(out)], force)
+    elif out is not None:
+        check_folder(folder)
+
+    from ..pipelines.seeds import MAX_SEED, check_seed, random_seed
+
+    seed = random_seed() if seed is None else check_seed(seed)
+    seeds = [(seed + i) % (MAX_SEED + 1) for i in range(count)]
+    paths = [[Path(out)]] if folder is None else _names(folder, out, prompts, seeds, file_format)
+    if folder is not None:
+        existing = [path for row in paths for path in row if path.exists()]
+        check_outputs(existing[:1], force)
+
+    start = time.perf_counter()
+    pipeline = load_pipeline(model)
+    for text in prompts:
+        report = pipeline.prompt_report(text)
+        if report.cut:
+            cut = report.cut if len(report.cut) <= 80 else report.cut[:80] + "…"
+            note(
+                f"Warning: Prompt has {report.words} words; this model reads the first "
+                f'{len(report.kept.split())}. Not read: "{cut}"'
+            )
+    settings = _settings(pipeline, tokens, steps, guidance, temperature, style)
+    sha256 = weights_sha256(model)
+    if folder is not None:
+        folder.mkdir(parents=out is None, exist_ok=True)
+    saved: list[dict[str, Any]] = []
+    try:
+        with progress_bar() as bar:
+            label = f"{Path(model).name}  {settings['num_tokens']} tokens  seed {seed}"
+            total = len(prompts) * count * settings["num_tokens"]
+            task = bar.add_task(label, total=total)
+            for text, row in zip(prompts, paths, strict=True):
+                for first in range(0, count, BATCH):
+                    part = slice(first, first + BATCH)
+                    for output in _draw(pipeline, text, seeds[part], settings):
+                        bar.advance(task, len(seeds[part]))
+                    saved += _save(
+                        pipeline, text, output, settings, sha256, row[part], force, not no_metadata
+                    )
+    finally:  # Also after Ctrl-C or with a full disk: what is there is named.
+        if as_json:
+            seconds = round(time.perf_counter() - start, 2)
+            print_json({"model": model, "seconds": seconds, "pictures": saved})
+        else:
+            for picture in saved:
+                typer.echo(picture["path"])
+
+
+def info(
+    file: Annotated[Path, typer.Argument(help="A picture or a .tok file.")],
+    rerun: Annotated[
+        bool, typer.Option("--rerun", help="Make it again and say whether it is identical.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Name or folder of the model to run again.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how a file was made.
+
+    With --rerun the exit code is 0 if the picture comes out identical, 1 if it differs.
+    """
+    if file.suffix.lower() == ".tok":
+        if rerun:
+            raise InputError(f'"{file}" holds tokens, not a picture: use tessera decode.')
+        _token_info(file, as_json)
+        return
+    from ..modalities.image import read_record
+
+    record = read_record(file)
+    if record is None:
+        raise InputError(
+            f'"{file}" has no Tessera settings: it was made elsewhere, or saved as a clean copy.'
+        )
+    result = _rerun(file, record, model) if rerun else None
+    if as_json:
+        print_json(record if result is None else {"record": record, "rerun": result})
+    else:
+        for key, value in record.items():
+            if key == "settings":
+                for name, setting in value.items():
+                    typer.echo(f"{name.replace('_', ' '):22}{setting}")
+            elif value is not None:
+                typer.echo(f"{key.replace('_', ' '):22}{value}")
+        if result is not None:
+            typer.echo(result["verdict"])
+    if result is not None and not result["identical"]:
+        raise typer.Exit(1)
+
+
+def weights_sha256(model: str | Path) -> str | None:
+    """One hash over the weight files of a shipped model or a folder; None for a hub id."""
+    from ..weights.registry import resolve_model
+
+    folder = resolve_model(model)
+    if not isinstance(folder, Path):
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.safetensors")):
+        digest.update(file.relative_to(folder).as_posix().encode())
+        with open(file, "rb") as weights:
+            digest.update(hashlib.file_digest(weights, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _prompts(prompt: str | None, from_file: str | None) -> list[str]:
+    """The prompts of the command line or of a file, braces expanded."""
+    if (prompt is None) == (from_file is None):
+        raise InputError(
+            'Give one prompt, for example "a sleepy red fox", or a file of prompts with --from.'
+        )
+    if from_file is None:
+        return expand_prompt(prompt)
+    try:
+        if from_file == "-":
+            text = sys.stdin.read(MAX_PROMPT_FILE_CHARACTERS + 1)
+        else:
+            with open(from_file, encoding="utf-8-sig") as file:
+                text = file.read(MAX_PROMPT_FILE_CHARACTERS + 1)
+    except UnicodeDecodeError as error:
+        raise InputError(f'"{from_file}" is not a text file in UTF-8: save it as one.') from error
+    except OSError as error:
+        raise InputError(
+            f'Could not open "{from_file}": {error.strerror}, check the path.'
+        ) from error
+    if len(text) > MAX_PROMPT_FILE_CHARACTERS:
+        raise InputError(
+            f'"{from_file}" has more than {MAX_PROMPT_FILE_CHARACTERS:,} characters: split it.'
+        )
+    prompts = [each for line in text.splitlines() if line.strip() for each in expand_prompt(line)]
+    if not prompts:
+        raise InputError(f'"{from_file}" holds no prompts: write one a line.')
+    return list(dict.fromkeys(prompts))
+
+
+def _check_single_file(path: Path, pictures: int, file_format: str | None) -> None:
+    check_picture_suffix(path)
+    if pictures > 1:
+        raise InputError(
+            f'"{path}" names one file, but {pictures} pictures are to be made: give a folder, '
+            f"-o {path.stem}/."
+        )
+    kind = path.suffix.lower().removeprefix(".").replace("jpg", "jpeg")
+    if file_format not in (None, kind):
+        raise InputError(f'--format {file_format} does not fit "{path}": leave one of them out.')
+
+
+def _names(
+    folder: Path, out: str | None, prompts: list[str], seeds: list[int], file_format: str | None
+) -> list[list[Path]]:
+    """A file for each prompt and seed; prompts whose names would be the same are numbered."""
+    stems: dict[str, None] = {}
+    for text in prompts:
+        stem, number = slug(text), 2
+        while stem in stems:
+            stem, number = f"{slug(text)}-{number}", number + 1
+        stems[stem] = None
+    time_of_day = "" if out is not None else datetime.now().strftime("%H%M%S_")
+    suffix = file_format or "png"
+    return [[folder / f"{time_of_day}{stem}_{seed}.{suffix}" for seed in seeds] for stem in stems]
+
+
+def _settings(
+    pipeline: Any,
+    tokens: int | None,
+    steps: int | None,
+    guidance: float | None,
+    temperature: float | None,
+    style: str | None,
+) -> dict[str, Any]:
+    """Every setting with its value, so that a record stays true when defaults change."""
+    default = pipeline.config
+    values = (
+        pipeline.default_num_tokens if tokens is None else tokens,
+        steps or pipeline.tokenizer.config.num_inference_steps,
+        default.guidance_scale if guidance is None else guidance,
+        default.temperature if temperature is None else temperature,
+        default.top_k,
+        default.top_p,
+        style,
+    )
+    return dict(zip(_STREAM_SETTINGS, values, strict=True))
+
+
+def _draw(pipeline: Any, prompt: str, seeds: list[int], settings: dict[str, Any]) -> Any:
+    """The pipeline's partial results for one batch."""
+    from ..pipelines.seeds import seed_generators
+
+    generators = [seed_generators(seed, 1)[0] for seed in seeds]
+    return pipeline.stream(
+        prompt, num_images_per_prompt=len(seeds), generator=generators, **settings
+    )
+
+
+def _save(
+    pipeline: Any,
+    prompt: str,
+    partial: Any,
+    settings: dict[str, Any],
+    sha256: str | None,
+    paths: list[Path],
+    force: bool,
+    metadata: bool,
+) -> list[dict[str, Any]]:
+    from ..modalities.image import save_image
+    from ..modalities.metadata import make_record
+
+    size = pipeline.image_size
+    settings = {
+        **{key: value for key, value in settings.items() if value is not None},
+        "width": size,
+        "height": size,
+        "num_images_per_prompt": len(paths),
+    }
+    saved = []
+    for index, (path, picture, seed) in enumerate(
+        zip(paths, partial.images, partial.seeds, strict=True)
+    ):
+        record = make_record(
+            type(pipeline).__name__,
+            pipeline.name,
+            prompt,
+            seed,
+            index,
+            settings,
+            partial.tokens[index],
+            pipeline.name,
+            sha256=sha256,
+            device=pipeline.device,
+            dtype=pipeline.dtype,
+        )
+        save_image(picture, path, record if metadata else None, overwrite=force)
+        saved.append(
+            {"path": str(path), "prompt": prompt, "seed": seed, "tokens": record["tokens"]}
+        )
+    return saved
+
+
+def _token_info(file: Path, as_json: bool) -> None:
+    from ..modalities.token_file import read_tokens
+
+    content = read_tokens(file)
+    rows = {
+        "tokenizer": content.tokenizer,
+        "tokens": len(content.tokens),
+        "bits": content.bits or None,
+        "bytes": content.payload_bytes,
+    }
+    if as_json:
+        print_json(rows)
+    else:
+        for key, value in rows.items():
+            if value is not None:
+                typer.echo(f"{key:22}{value}")
+
+
+def _rerun(file: Path, record: dict[str, Any], model: str | None) -> dict[str, Any]:
+    """Make the picture of a record again and hold it against the file."""
+    from ..modalities.image import load_image, save_image
+
+    if model is None:
+        model = record["model"]
+        # A stranger's file may name a shipped model, but must not start a download or open a folder.
+        from ..weights.registry import find_model
+
+        found = find_model(model) if model else None
+        if found is None or not found.shipped:
+            raise InputError(
+                f'"{file}" was made by "{model}", which does not ship with Tessera: pass its '
+                "folder or hub id as --model."
+            )
+    if record["seed"] is None or record["tokens"] is None:
+        raise InputError(
+            f'"{file}" has no seed or no tokens in its settings, so it cannot be rerun.'
+        )
+    if record["pipeline"] == "TextToImagePipeline":
+        picture, tokens = _redraw(record, model)
+    elif record["pipeline"] == "ReconstructionPipeline":
+        picture, tokens = _redecode(record, model)
+    else:
+        raise InputError(f'"{file}" was made by {record["pipeline"]}, which cannot be rerun here.')
+
+    same_weights = record["sha256"] in (None, weights_sha256(model))
+    with TemporaryDirectory() as folder:  # Through the same format, since a JPEG is not exact.
+        again = Path(folder) / f"again{file.suffix.lower()}"
+        save_image(picture, again)
+        new, old = load_image(again), load_image(file)
+    result = {"identical": False, "same_tokens": tokens == record["tokens"], "difference": None}
+    if new.size != old.size:
+        verdict = f"differs: {old.width}x{old.height} pixels became {new.width}x{new.height}"
+    else:
+        from PIL import ImageChops
+
+        result["difference"] = max(high for _, high in ImageChops.difference(new, old).getextrema())
+        result["identical"] = result["difference"] == 0 and result["same_tokens"]
+        verdict = (
+            "identical"
+            if result["identical"]
+            else f"differs: by up to {result['difference']} of 255, the tokens are "
+            + ("the same" if result["same_tokens"] else "others")
+        )
+    if not result["identical"] and not same_weights:
+        verdict += "; the model's weights are not those that made it"
+    return {**result, "verdict": verdict}
+
+
+def _redraw(record: dict[str, Any], model: str) -> tuple[Any, str]:
+    from ..modalities.metadata import encode_tokens
+    from ..pipelines.seeds import MAX_SEED
+
+    pipeline = load_pipeline(model)
+    settings = {key: record["settings"].get(key) for key in _STREAM_SETTINGS}
+    # The whole batch again, since its size decides how matrix products are rounded.
+    batch = record["settings"].get("num_images_per_prompt") or 1
+    index = record["index"] or 0
+    if not index < batch <= BATCH:
+        batch, index = 1, 0
+    seeds = [(record["seed"] - index + i) % (MAX_SEED + 1) for i in range(batch)]
+    with progress_bar() as bar:
+        task = bar.add_task(f"{Path(model).name}  rerun", total=settings["num_tokens"])
+        for partial in _draw(pipeline, record["prompt"] or "", seeds, settings):
+            bar.advance(task)
+    return partial.images[index], encode_tokens(partial.tokens[index])
+
+
+def _redecode(record: dict[str, Any], model: str) -> tuple[Any, str]:
+    from ..modalities.metadata import decode_tokens
+    from .commands_tokens import decode_picture
+
+    tokens = decode_tokens(record["tokens"])
+    steps = record["settings"].get("num_inference_steps")
+    tokenizer = load_tokenizer(model)
+    return decode_picture(tokenizer, tokens, record["seed"], steps), record["tokens"]

@@ -1,7 +1,7 @@
 """Pictures with captions: the sticker pack, and what users have on disk.
 
-Every dataset answers ``len()``, ``image(i) -> PIL RGBA``, ``name(i) -> str`` (its main caption)
-and ``caption(i, rng) -> str`` (one of its captions, drawn by ``rng`` alone).
+Every dataset answers ``len()``, ``image(i) -> PIL RGBA``, ``name(i) -> str`` (its main caption),
+``captions(i) -> list[str]`` (all of them) and ``caption(i, rng) -> str`` (one, drawn by ``rng`` alone).
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ class ImageTextDataset(Protocol):
     def image(self, index: int) -> Image.Image: ...
 
     def name(self, index: int) -> str: ...
+
+    def captions(self, index: int) -> list[str]: ...
 
     def caption(self, index: int, rng: random.Random) -> str: ...
 
@@ -125,7 +127,7 @@ class StickerPack:
     def image(self, index: int) -> Image.Image:
         """RGBA, 128x128, straight alpha."""
         sticker = self.stickers[index]
-        data = _read_span(self.root / f"{sticker.style}.bin", sticker.offset, sticker.length)
+        data = read_span(self.root / f"{sticker.style}.bin", sticker.offset, sticker.length)
         return load_image(data, background=None, name=f"sticker {sticker.id}")
 
     def name(self, index: int) -> str:
@@ -142,6 +144,19 @@ class StickerPack:
     def translations(self, index: int) -> dict[str, str]:
         """The name by locale ("de": "rotes Herz"), "en" included; empty where nobody knows it."""
         return self._translations.get(self.stickers[index].unicode, {})
+
+    def captions(self, index: int) -> list[str]:
+        """Its name, plain and with the style, its keywords, and the emoji."""
+        sticker = self.stickers[index]
+        style = STYLE_WORDS[sticker.style]
+        all_of_them = [
+            sticker.name,
+            f"{sticker.name}, {style}",
+            f"a {style} {sticker.name}",
+            " ".join(sticker.keywords),
+            sticker.emoji,
+        ]
+        return [caption for caption in dict.fromkeys(all_of_them) if caption]
 
     def caption(self, index: int, rng: random.Random) -> str:
         """One of the ways people ask for this sticker: its name, keywords, style or emoji."""
@@ -189,7 +204,7 @@ class ImageTextFolder:
                 continue
             for number, row in _json_lines(self.root / table):
                 file = row.get("file_name", row.get("file"))
-                captions = _captions(row)
+                captions = row_captions(row)
                 if not isinstance(file, str) or not captions:
                     raise InputError(
                         f'Line {number} of "{self.root / table}" needs "file_name" and "text".'
@@ -211,12 +226,12 @@ class ImageTextFolder:
         return load_image(self.files[index], background=None)
 
     def name(self, index: int) -> str:
-        return self._captions_of(index)[0]
+        return self.captions(index)[0]
 
     def caption(self, index: int, rng: random.Random) -> str:
-        return rng.choice(self._captions_of(index))
+        return rng.choice(self.captions(index))
 
-    def _captions_of(self, index: int) -> list[str]:
+    def captions(self, index: int) -> list[str]:
         path = self.files[index]
         captions = list(self.table.get(path, ()))
         text = path.with_suffix(".txt")
@@ -252,26 +267,24 @@ class WebDataset:
     def image(self, index: int) -> Image.Image:
         """RGBA of the file's own size."""
         span = self.samples[index]["image"]
-        return load_image(
-            _read_span(*span), background=None, name=f'picture {index} of "{span[0]}"'
-        )
+        return load_image(read_span(*span), background=None, name=f'picture {index} of "{span[0]}"')
 
     def name(self, index: int) -> str:
-        return self._captions_of(index)[0]
+        return self.captions(index)[0]
 
     def caption(self, index: int, rng: random.Random) -> str:
-        return rng.choice(self._captions_of(index))
+        return rng.choice(self.captions(index))
 
-    def _captions_of(self, index: int) -> list[str]:
+    def captions(self, index: int) -> list[str]:
         sample = self.samples[index]
         name = f'sample {index} of "{sample["image"][0]}"'
-        captions = _lines(_read_span(*sample["txt"]), name) if "txt" in sample else []
+        captions = _lines(read_span(*sample["txt"]), name) if "txt" in sample else []
         if "json" in sample:
             try:
-                row = json.loads(_read_span(*sample["json"]))
+                row = json.loads(read_span(*sample["json"]))
             except (ValueError, RecursionError) as error:
                 raise InputError(f"The .json of {name} is not JSON: repair it.") from error
-            captions += _captions(row) if isinstance(row, dict) else []
+            captions += row_captions(row) if isinstance(row, dict) else []
         if not captions:
             raise InputError(f"There is no caption in {name}: add a .txt or .json to it.")
         return captions
@@ -318,7 +331,7 @@ def _check_choices(what: str, values: Sequence[str], choices: Sequence[str] | di
             raise InputError(f'Unknown {what} "{value}": choose from {", ".join(choices)}.')
 
 
-def _read_span(path: Path, offset: int, length: int) -> bytes:
+def read_span(path: Path, offset: int, length: int) -> bytes:
     try:
         with open(path, "rb") as file:
             file.seek(offset)
@@ -353,7 +366,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
 
 
-def _captions(row: dict[str, Any]) -> list[str]:
+def row_captions(row: dict[str, Any]) -> list[str]:
     captions = row.get("text", row.get("caption"))
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list):
@@ -370,7 +383,12 @@ def _expand_shards(shards: str | Path) -> list[Path]:
 
 
 def _index_shard(shard: Path) -> list[dict[str, tuple[Path, int, int]]]:
-    """Where the parts of each sample lie: {"image", "txt", "json"} -> (tar, offset, length)."""
+    """The samples with a picture."""
+    return [sample for sample in index_members(shard) if "image" in sample]
+
+
+def index_members(shard: Path) -> list[dict[str, tuple[Path, int, int]]]:
+    """Where the parts of each sample lie: "image" or the extension -> (tar, offset, length)."""
     samples: dict[str, dict[str, tuple[Path, int, int]]] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
@@ -387,4 +405,4 @@ def _index_shard(shard: Path) -> list[dict[str, tuple[Path, int, int]]]:
         raise InputError(f'There is no file "{shard}": check the path.') from error
     except (OSError, tarfile.TarError) as error:
         raise InputError(f'"{shard}" is not a plain (uncompressed) tar: make one of it.') from error
-    return [sample for sample in samples.values() if "image" in sample]
+    return list(samples.values())

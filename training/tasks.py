@@ -22,6 +22,7 @@ from ..generators.conditioning.clip import TextImageCLIP, train_bpe
 from ..modalities.datasets import ImageTextDataset, StickerPack, open_dataset
 from ..modalities.errors import InputError
 from ..modalities.image import fit_image, image_grid, save_image, to_pil, to_tensor
+from ..modalities.token_shards import TokenShards, is_token_folder
 from ..tokenizers.image.flextok import FlexTok
 from .captions import open_captions
 
@@ -341,15 +342,9 @@ class FlexARTask(Task):
         self.clip = load_frozen(TextImageCLIP, recipe, "clip").to(device).eval()
         self.tokenizer.requires_grad_(False)
         self.clip.requires_grad_(False)
-        self.dataset, pictures = load_pictures(recipe["data"], self.tokenizer.image_size)
+        self.dataset, self.tokens = self.load_tokens()
         self.weights = item_weights(self.dataset, recipe["data"]["weights"])
         self.captions = open_captions(self.dataset, **recipe["captions"])
-        self.tokens = torch.cat(
-            [
-                self.tokenizer.encode(from_uint8(part).to(device)).cpu()
-                for part in pictures.split(64)
-            ]
-        )
         self.model = build(
             FlexAR,
             vocab_size=self.tokenizer.vocab_size,
@@ -358,6 +353,26 @@ class FlexARTask(Task):
             **recipe["model"],
         )
         self.model.init_weights()
+
+    def load_tokens(self) -> tuple[ImageTextDataset | TokenShards, Tensor]:
+        """The data and its tokens ``[M, N]``: those of ``tessera tokenize``, or encoded now."""
+        data = self.recipe["data"]
+        if is_token_folder(data["root"]):
+            dataset = TokenShards(data["root"])
+            for key in ("num_tokens", "vocab_size"):
+                found, wanted = dataset.index[key], getattr(self.tokenizer, key)
+                if found != wanted:
+                    raise InputError(
+                        f'The tokens in "{data["root"]}" have {key} {found}, the tokenizer '
+                        f"{wanted}: tokenize the data with this tokenizer."
+                    )
+            return dataset, torch.stack([dataset.tokens(i) for i in range(len(dataset))])
+        dataset, pictures = load_pictures(data, self.tokenizer.image_size)
+        tokens = [
+            self.tokenizer.encode(from_uint8(part).to(self.device)).cpu()
+            for part in pictures.split(64)
+        ]
+        return dataset, torch.cat(tokens)
 
     @torch.no_grad()
     def batch(

@@ -64,10 +64,10 @@ class Tokenizer(ABC):
                 f"Tokens must be whole numbers of shape [batch, count], got "
                 f"{str(tokens.dtype).removeprefix('torch.')} {list(tokens.shape)}."
             )
-        if not 1 <= tokens.shape[1] <= self.num_tokens:
-            raise InputError(
-                f"This tokenizer decodes 1 to {self.num_tokens} tokens, got {tokens.shape[1]}."
-            )
+        fewest = 1 if self.ordered else self.num_tokens
+        if not fewest <= tokens.shape[1] <= self.num_tokens:
+            counts = f"1 to {self.num_tokens}" if self.ordered else f"exactly {self.num_tokens}"
+            raise InputError(f"This tokenizer decodes {counts} tokens, got {tokens.shape[1]}.")
         if tokens.numel() and not (int(tokens.min()) >= 0 and int(tokens.max()) < self.vocab_size):
             raise InputError(
                 f"Token ids must lie in 0 to {self.vocab_size - 1}, got "

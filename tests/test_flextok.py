@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tessera.modalities.errors import InputError
 from tessera.tokenizers.image.flextok import FlexTok
 from tessera.tokenizers.quantizers.fsq import FSQ
+from tessera.weights.convert.flextok import convert_state_dict, read_config
+from tessera.weights.loading import load_strict, read_header
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +158,117 @@ def test_wrong_tokens_are_refused(tokenizer, tokens, words):
 def test_wrong_picture_size_is_refused(tokenizer):
     with pytest.raises(InputError, match="16"):
         tokenizer.encode(torch.zeros(1, 3, 20, 16))
+
+
+VAE = {
+    "block_out_channels": [32, 32],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "latent_channels": 4,
+}
+SMALL = {
+    "image_size": 16,
+    "vae_config": VAE,
+    "latent_channels": 4,
+    "latent_size": 8,
+    "max_grid": 4,
+    "num_registers": 8,
+    "encoder_dim": 32,
+    "encoder_depth": 1,
+    "decoder_dim": 32,
+    "decoder_depth": 2,
+    "head_dim": 16,
+    "num_inference_steps": 2,
+}
+
+
+def test_bfloat16_keeps_the_vae_in_float32_and_stays_close(tmp_path, images):
+    """Velocities within 3 % of their range."""
+    torch.manual_seed(0)
+    FlexTok(**SMALL).save_pretrained(tmp_path)
+    full = FlexTok.from_pretrained(tmp_path).eval()
+    half = FlexTok.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    assert half.dtype == torch.bfloat16 and half.vae.dtype == torch.float32
+    assert half.decode(half.encode(images)).isfinite().all()
+    ids = full.encode(images)
+    x, t = torch.randn(3, 4, 8, 8), torch.rand(3)
+    velocities = []
+    for model in (full, half):
+        codes = model.quantizer.ids_to_codes(ids).to(model.dtype)
+        condition = model.decoder.condition(codes[:, :5])
+        velocities.append(model.decoder(x.to(model.dtype), t, *condition).float())
+    assert (velocities[0] - velocities[1]).abs().max() < 0.03 * velocities[0].abs().max()
+
+
+def test_a_generator_samples_the_posterior(images):
+    torch.manual_seed(0)
+    model = FlexTok(**SMALL).eval()
+    mean = model.encode_latents(images)
+    assert torch.equal(model.encode_latents(images), mean)
+    drawn = model.encode_latents(images, noises(3))
+    assert not torch.equal(drawn, mean)
+    assert torch.equal(model.encode_latents(images, noises(3)), drawn)
+
+
+TREE = {
+    "vae": {"_target_": "flextok.vae_wrapper.VAE", "scaling_factor": 0.5, "sample_posterior": True},
+    "encoder": {
+        "_target_": "flextok.model.Sequential",
+        "module_dict": {
+            "enc_patch_emb": {"channels_in": 4, "patch_sizes": [2, 2]},
+            "enc_transformer": {"_target_": "flextok.Trunk", "dim": 64, "depth": 3, "head_dim": 32},
+        },
+    },
+    "decoder": {
+        "module_dict": {
+            "dec_registers_posemb_module": {"max_sizes": [16]},
+            "dec_time_embedder": {"max_timestep": 1.0},
+            "dec_transformer": {"dim": 96, "depth": 2},
+            "dec_repa_head": {"_target_": "anything"},
+        }
+    },
+    "regularizer": {"_target_": "flextok.regularizers.FSQ", "levels": [8, 5]},
+    "pipeline": {"_target_": "flextok.flow_matching.Pipeline"},
+}
+READ = {
+    "vae_scaling_factor": 0.5,
+    "latent_channels": 4,
+    "patch_size": 2,
+    "encoder_dim": 64,
+    "encoder_depth": 3,
+    "head_dim": 32,
+    "num_registers": 16,
+    "max_timestep": 1.0,
+    "decoder_dim": 96,
+    "decoder_depth": 2,
+    "fsq_levels": [8, 5],
+}
+
+
+def test_published_configuration_is_read_as_tree_and_as_header(tmp_path):
+    assert read_config(TREE) == READ
+    header = {name: str(value) for name, value in TREE.items()}
+    save_file({"x": torch.zeros(1)}, tmp_path / "m.safetensors", {"format": "pt", **header})
+    assert read_config(read_header(tmp_path / "m.safetensors")) == READ
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"encoder": {"module_dict": {"enc_extra": {}}}}, "enc_extra"),
+        ({"regularizer": {"_target_": "os.system", "levels": [2]}}, "os.system"),
+        ({"encoder": {"module_dict": {"enc_transformer": {"_target_": "os.system"}}}}, "os.system"),
+        ({"vae": "{__import__('os')}"}, "literal"),
+        ({"decoder": "[1]"}, "tree"),
+    ],
+)
+def test_other_configurations_are_refused(tree, words):
+    with pytest.raises(InputError, match=words):
+        read_config(tree)
+
+
+def test_another_checkpoint_is_refused_by_name(tokenizer):
+    with pytest.raises(InputError, match="conv_in"):
+        convert_state_dict({"conv_in.weight": torch.zeros(1)}, {})
+    with pytest.raises(InputError, match="decoder"):
+        load_strict(tokenizer, {k: v for k, v in tokenizer.state_dict().items() if "encoder" in k})

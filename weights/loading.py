@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -102,6 +102,19 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     model.load_state_dict(state)
 
 
+def check_complete(model: nn.Module, folder: str | Path) -> None:
+    """Raise InputError if the files that diffusers loaded a model from lack some of its weights.
+
+    It only warns of them and leaves them on the meta device.
+    """
+    missing = [name for name, value in model.named_parameters() if value.is_meta]
+    if missing:
+        raise InputError(
+            f'The weights in "{folder}" are not those of {type(model).__name__}: '
+            f'"{missing[0]}" is missing. Copy the folder again.'
+        )
+
+
 def converter(system: str) -> Any:
     """The module ``weights/convert/<system>.py``; its ``convert_state_dict(state, config)`` renames."""
     return importlib.import_module(f"{__package__}.convert.{system}")
@@ -110,15 +123,52 @@ def converter(system: str) -> Any:
 def load_published(info: ModelInfo, files: Sequence[str | Path]) -> nn.Module:
     """Build a registered model from weight files in published form, in eval mode.
 
+    Where the converter has ``read_config(published)``, what the files' own configuration says (a
+    config.json among them, else the header of the safetensors file) replaces the registry's.
+
     Raises:
         InputError: a file that cannot be read, or weights of something else.
     """
+    convert = converter(info.system)
+    config = dict(info.config)
     state: dict[str, Tensor] = {}
-    for file in files:
-        state.update(read_state_dict(file))
-    model = info.model_class()(**info.config)
-    load_strict(model, converter(info.system).convert_state_dict(state, info.config))
+    published: dict[str, Any] = {}
+    for file in map(Path, files):
+        if file.suffix == ".json" and not file.name.endswith(".index.json"):
+            published = read_json(file)
+        else:
+            state.update(read_state_dict(file))
+            if file.suffix == ".safetensors" and not published:
+                published = read_header(file)
+    if hasattr(convert, "read_config"):
+        config.update(convert.read_config(published))
+    model = info.model_class()(**config)
+    load_strict(model, convert.convert_state_dict(state, config))
     return model.eval()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A published config.json.
+
+    Raises:
+        InputError: no such file, or no JSON object.
+    """
+    try:
+        published = json.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f'"{path}" is no configuration ({_line(error)}): copy it again.'
+        ) from error
+    if not isinstance(published, dict):
+        raise InputError(f'"{path}" is no configuration: it must hold a JSON object.')
+    return published
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The text entries in a safetensors file's header, without the "format" that torch writes."""
+    with safe_open(path, "pt") as file:
+        entries = file.metadata() or {}
+    return {name: text for name, text in entries.items() if name != "format"}
 
 
 def find_files(info: ModelInfo, folder: str | Path | None = None) -> list[Path]:
@@ -129,26 +179,36 @@ def find_files(info: ModelInfo, folder: str | Path | None = None) -> list[Path]:
     """
     if folder is not None:
         folder = Path(folder)
-        paths = [folder] if folder.is_file() else [folder / name for name in info.files]
+        names = [_split(entry, info)[0] for entry in info.files]
+        paths = [folder] if folder.is_file() else [folder / name for name in names]
+        # Without its config.json the header of the weights, or else the registry, describes a model.
+        paths = [path for path in paths if path.name != "config.json" or path.is_file()]
         for path in paths:
             if not path.is_file():
-                raise InputError(f'"{path}" is missing: put {", ".join(info.files)} there.')
+                raise InputError(f'"{path}" is missing: put {", ".join(names)} there.')
         return paths
     paths = []
-    for name in info.files:
+    for entry in info.files:
+        name, hub_id = _split(entry, info)
         try:
-            path = hf_hub_download(info.hub_id, name, local_files_only=True)
+            path = hf_hub_download(hub_id, name, local_files_only=True)
         except LocalEntryNotFoundError:
             try:
-                path = hf_hub_download(info.hub_id, name)
+                path = hf_hub_download(hub_id, name)
             except Exception as error:  # The hub's and the network's many kinds of failure.
                 raise InputError(
-                    f'Could not download "{name}" of {info.hub_id} ({_line(error)}): download it '
+                    f'Could not download "{name}" of {hub_id} ({_line(error)}): download it '
                     f'elsewhere and pass its folder, e.g. from_pretrained("{info.name}", '
                     "files=FOLDER)."
                 ) from error
         paths.append(Path(path))
     return paths
+
+
+def _split(entry: str, info: ModelInfo) -> tuple[str, str]:
+    """File and repository of ``file`` or ``owner/repository:file``."""
+    hub_id, _, name = entry.rpartition(":")
+    return name, hub_id or info.hub_id
 
 
 def licence_notice(info: ModelInfo) -> str | None:

@@ -37,7 +37,8 @@ class ModelInfo:
         model: class, as ``"tokenizers.image.titok:TiTok"`` within this package.
         config: arguments of that class.
         hub_id: repository on the Hugging Face hub; None if shipped.
-        files: weight files wanted of that repository, in published form.
+        files: files wanted of that repository, in published form: weights, and config.json where the
+            converter reads it; ``owner/repository:file`` stands for a file of another repository.
         license_code, license_weights: SPDX id where there is one, otherwise a sentence.
         non_commercial: the code's or the weights' terms forbid commercial use, or nobody gave any.
         tokens: of one item, e.g. "32", "1-256".

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from ...modalities.errors import InputError
 from ..base import Tokenizer
 from ..guidance import Guidance, NormalizedGuidance, classifier_free_guidance
 from ..quantizers.fsq import FSQ
+from .autoencoder import fold_upsampling
 
 
 def sincos_table(dim: int, grid: int) -> Tensor:
@@ -317,12 +318,12 @@ class FlexTok(Tokenizer, ModelMixin, ConfigMixin):
         num_inference_steps: default Euler steps of ``decode``.
         guidance_scale: default guidance of ``decode``; 1 needs no unconditional pass.
         normalized_guidance: adaptive projected guidance in place of plain guidance.
-        sample_posterior: draw the VAE's latents at ``encode`` instead of taking their mean. The
-            published pipeline draws, so its ids differ from one call to the next.
     """
 
     ordered = True
-    _keep_in_fp32_modules = ("vae",)  # As published, also where the rest runs in bfloat16.
+    _keep_in_fp32_modules: ClassVar[list[str]] = [
+        "vae"
+    ]  # As published, also where the rest runs in bfloat16.
     _supports_gradient_checkpointing = False
 
     @register_to_config
@@ -347,10 +348,12 @@ class FlexTok(Tokenizer, ModelMixin, ConfigMixin):
         num_inference_steps: int = 25,
         guidance_scale: float = 7.5,
         normalized_guidance: bool = True,
-        sample_posterior: bool = False,
     ):
         super().__init__()
-        self.vae = None if vae_config is None else AutoencoderKL.from_config(dict(vae_config))
+        self.vae = None
+        if vae_config is not None:
+            self.vae = AutoencoderKL.from_config(dict(vae_config))
+            fold_upsampling(self.vae.decoder)
         self.quantizer = FSQ(fsq_levels)
         shared = {
             "channels": latent_channels,
@@ -406,15 +409,17 @@ class FlexTok(Tokenizer, ModelMixin, ConfigMixin):
     ) -> Tensor:
         """Pictures ``[B, 3, H, W]`` in [-1, 1] -> scaled latents ``[B, C, h, w]``.
 
-        The mean of the VAE's posterior, or a sample of it if ``sample_posterior`` is set.
+        The mean of the VAE's posterior, so that ids are reproducible; with a generator (one, or one
+        an item) a sample of it, as the published pipeline draws (its ``sample_posterior``).
         """
         if self.vae is None:
             return images.to(self.dtype)
-        posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
+        images = images.to(self.vae.dtype, memory_format=torch.channels_last)
+        posterior = self.vae.encode(images).latent_dist
         latents = posterior.mode()
-        if self.config.sample_posterior:
-            noise = randn_tensor(latents.shape, generator, latents.device, latents.dtype)
-            latents = latents + posterior.std * noise
+        if generator is not None:
+            generator = list(generator) if isinstance(generator, Sequence) else generator
+            latents = posterior.sample(generator)
         return (latents * self.scaling_factor).to(self.dtype)
 
     @torch.no_grad()
@@ -422,7 +427,9 @@ class FlexTok(Tokenizer, ModelMixin, ConfigMixin):
         """Scaled latents ``[B, C, h, w]`` -> pictures ``[B, 3, H, W]``."""
         if self.vae is None:
             return latents
-        return self.vae.decode((latents / self.scaling_factor).to(self.vae.dtype)).sample
+        latents = latents / self.scaling_factor
+        latents = latents.to(self.vae.dtype, memory_format=torch.channels_last)
+        return self.vae.decode(latents).sample
 
     @torch.no_grad()
     def encode(
@@ -433,7 +440,7 @@ class FlexTok(Tokenizer, ModelMixin, ConfigMixin):
     ) -> Tensor:
         """Pictures ``[B, 3, image_size, image_size]`` in [-1, 1] -> ids int64 ``[B, num_tokens]``.
 
-        ``generator`` draws the latents where ``sample_posterior`` is set.
+        ``generator`` is that of ``encode_latents``.
         """
         self.check_images(images)
         return self.encode_from_latents(self.encode_latents(images, generator), num_tokens)

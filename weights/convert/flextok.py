@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -63,3 +64,96 @@ def convert_state_dict(
             [state.pop(name), state.pop(f"{stem}fc3.weight")]
         )
     return state
+
+
+# Stage of the published tree -> {its argument: ours}.
+_ARGUMENTS = {
+    "encoder": {
+        "enc_channels_to_last": {},
+        "enc_patch_emb": {"channels_in": "latent_channels", "patch_sizes": "patch_size"},
+        "enc_posemb_module": {"max_sizes": "max_grid"},
+        "enc_register_module": {},
+        "enc_seq_packer": {},
+        "enc_transformer": {
+            "dim": "encoder_dim",
+            "depth": "encoder_depth",
+            "head_dim": "head_dim",
+            "mlp_ratio": "mlp_ratio",
+        },
+        "enc_unpacker": {},
+        "enc_to_latents": {},
+    },
+    "decoder": {
+        "dec_from_latents": {},
+        "dec_registers_posemb_module": {"max_sizes": "num_registers"},
+        "dec_nested_dropout": {},
+        "dec_latent_dropout": {},
+        "dec_noise_channels_to_last": {},
+        "dec_noise_patch_emb": {},
+        "dec_patches_posemb_module": {},
+        "dec_seq_packer": {},
+        "dec_time_embedder": {"max_timestep": "max_timestep"},
+        "dec_transformer": {"dim": "decoder_dim", "depth": "decoder_depth"},
+        "dec_unpacker": {},
+        "dec_to_patches": {},
+        "dec_channels_to_first": {},
+    },
+}
+_PACKAGES = ("flextok.", "diffusers.")
+
+
+def read_config(published: Mapping[str, Any]) -> dict[str, Any]:
+    """What a published configuration states of our constructor's arguments.
+
+    Args:
+        published: the tree of ``config.json``, or the header of the safetensors file, which holds
+            the same with every value as the text of a Python literal. Classes are named in it
+            (``_target_``); none is ever imported.
+
+    Raises:
+        InputError: a stage that no published FlexTok has, a class of another package, or a header
+            that is no literal.
+    """
+    tree = {name: _literal(name, value) for name, value in published.items()}
+    config: dict[str, Any] = {}
+    for part, stages in _ARGUMENTS.items():
+        _check_target(part, tree.get(part, {}))
+        for stage, node in tree.get(part, {}).get("module_dict", {}).items():
+            if stage.startswith("dec_repa"):  # A head that only training uses.
+                continue
+            if stage not in stages:
+                raise InputError(f'"{stage}" is not a stage of a published FlexTok configuration.')
+            _check_target(stage, node)
+            config |= {
+                ours: _first(node[name]) for name, ours in stages[stage].items() if name in node
+            }
+    for part, names in (
+        ("vae", {"scaling_factor": "vae_scaling_factor"}),
+        ("regularizer", {"levels": "fsq_levels"}),
+    ):
+        node = tree.get(part, {})
+        _check_target(part, node)
+        config |= {ours: node[name] for name, ours in names.items() if node.get(name) is not None}
+    return config
+
+
+def _literal(name: str, value: Any) -> Any:
+    if not isinstance(value, str) or not value.startswith(("{", "[", "(")):
+        return value
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+        raise InputError(f'The configuration of "{name}" is no Python literal.') from error
+
+
+def _check_target(name: str, node: Any) -> None:
+    if not isinstance(node, Mapping):
+        raise InputError(f'"{name}" of a FlexTok configuration must be a tree, got {node!r}.')
+    target = node.get("_target_", "flextok.")
+    if not str(target).startswith(_PACKAGES):
+        raise InputError(f'"{name}" names the class "{target}", which is no part of FlexTok.')
+
+
+def _first(value: Any) -> Any:
+    """Sides are lists of equal numbers, one a dimension."""
+    return value[0] if isinstance(value, (list, tuple)) else value

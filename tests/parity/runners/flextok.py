@@ -37,7 +37,6 @@ def build(case):
         head_dim=c["head_dim"],
         mlp_ratio=c["mlp_ratio"],
         max_timestep=c["max_timestep"],
-        sample_posterior=c["sample_posterior"],
     ).eval()
     load_strict(model, convert_state_dict(case.state(), dict(model.config)))
     return model

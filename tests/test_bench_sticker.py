@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tessera.benchmarks import bench_sticker
+from tessera.benchmarks import bench_sticker, measure
 from tessera.modalities.errors import InputError
 from tessera.tests.tiny import tiny_pipeline
 
 
 def test_count_flop_of_known_operations():
     a, b = torch.randn(3, 5), torch.randn(5, 7)
-    assert bench_sticker.count_flop(lambda: a @ b) == 2 * 3 * 5 * 7
+    assert measure.count_flop(lambda: a @ b) == 2 * 3 * 5 * 7
     query, mask = torch.randn(2, 4, 1, 8), torch.ones(2, 1, 1, 16, dtype=torch.bool)
     keys = torch.randn(2, 4, 16, 8)
-    attention = bench_sticker.count_flop(
+    attention = measure.count_flop(
         lambda: F.scaled_dot_product_attention(query, keys, keys, attn_mask=mask)
     )
     assert attention == 2 * (2 * 2 * 4 * 16 * 8)  # Scores and sums over 16 keys.
@@ -33,7 +33,8 @@ def test_generator_bytes_by_hand():
 
 
 def test_stages_and_tables(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench_sticker, "best_seconds", lambda function: 1e-3)
+    for module in (bench_sticker, measure):
+        monkeypatch.setattr(module, "best_seconds", lambda function: 1e-3)
     monkeypatch.setattr(
         bench_sticker.TextToImagePipeline, "from_pretrained", lambda name: tiny_pipeline()
     )

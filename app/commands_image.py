@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ..modalities.errors import InputError
-from ..modalities.text import MAX_PROMPT_CHARACTERS, expand_prompt
+from ..modalities.text import expand_prompt
 from .commands_shared import (
     DEFAULT_MODEL,
     AsJson,
@@ -30,6 +32,11 @@ from .commands_shared import (
     progress_bar,
     slug,
 )
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ..pipelines.text_to_image import ImagePipelineOutput, TextToImagePipeline
 
 # Pictures of one prompt drawn together. Their number is part of the record, since the rounding of
 # matrix products depends on it.
@@ -114,8 +121,6 @@ def image(
             )
     settings = _settings(pipeline, tokens, steps, guidance, temperature, style)
     sha256 = weights_sha256(model)
-    if folder is not None:
-        folder.mkdir(parents=out is None, exist_ok=True)
     saved: list[dict[str, Any]] = []
     try:
         with progress_bar() as bar:
@@ -125,11 +130,11 @@ def image(
             for text, row in zip(prompts, paths, strict=True):
                 for first in range(0, count, BATCH):
                     part = slice(first, first + BATCH)
-                    for output in _draw(pipeline, text, seeds[part], settings):
-                        bar.advance(task, len(seeds[part]))
-                    saved += _save(
-                        pipeline, text, output, settings, sha256, row[part], force, not no_metadata
-                    )
+                    advance = partial(bar.advance, task, len(seeds[part]))
+                    output = _draw(pipeline, text, seeds[part], settings, advance)
+                    saving = (sha256, row[part], force, not no_metadata)
+                    for picture in _save(pipeline, text, output, settings, *saving):
+                        saved.append(picture)
     finally:  # Also after Ctrl-C or with a full disk: what is there is named.
         if as_json:
             seconds = round(time.perf_counter() - start, 2)
@@ -254,7 +259,7 @@ def _names(
 
 
 def _settings(
-    pipeline: Any,
+    pipeline: TextToImagePipeline,
     tokens: int | None,
     steps: int | None,
     guidance: float | None,
@@ -275,28 +280,40 @@ def _settings(
     return dict(zip(_STREAM_SETTINGS, values, strict=True))
 
 
-def _draw(pipeline: Any, prompt: str, seeds: list[int], settings: dict[str, Any]) -> Any:
-    """The pipeline's partial results for one batch."""
+def _draw(
+    pipeline: TextToImagePipeline,
+    prompt: str,
+    seeds: list[int],
+    settings: dict[str, Any],
+    advance: Callable[[], None],
+) -> ImagePipelineOutput:
+    """One batch of one prompt; ``advance`` is called after each token."""
     from ..pipelines.seeds import seed_generators
 
-    generators = [seed_generators(seed, 1)[0] for seed in seeds]
-    return pipeline.stream(
+    generators = seed_generators(seeds[0], len(seeds))
+    for step in pipeline.stream(
         prompt, num_images_per_prompt=len(seeds), generator=generators, **settings
-    )
+    ):
+        advance()
+        output = step.output
+    return output
 
 
 def _save(
-    pipeline: Any,
+    pipeline: TextToImagePipeline,
     prompt: str,
-    partial: Any,
+    output: ImagePipelineOutput,
     settings: dict[str, Any],
     sha256: str | None,
     paths: list[Path],
     force: bool,
     metadata: bool,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
+    """Write the pictures of a batch, and tell of each once it is there."""
     from ..modalities.image import save_image
     from ..modalities.metadata import make_record
+
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
 
     size = pipeline.image_size
     settings = {
@@ -305,9 +322,8 @@ def _save(
         "height": size,
         "num_images_per_prompt": len(paths),
     }
-    saved = []
     for index, (path, picture, seed) in enumerate(
-        zip(paths, partial.images, partial.seeds, strict=True)
+        zip(paths, output.images, output.seeds, strict=True)
     ):
         record = make_record(
             type(pipeline).__name__,
@@ -316,17 +332,14 @@ def _save(
             seed,
             index,
             settings,
-            partial.tokens[index],
+            output.tokens[index],
             pipeline.name,
             sha256=sha256,
             device=pipeline.device,
             dtype=pipeline.dtype,
         )
         save_image(picture, path, record if metadata else None, overwrite=force)
-        saved.append(
-            {"path": str(path), "prompt": prompt, "seed": seed, "tokens": record["tokens"]}
-        )
-    return saved
+        yield {"path": str(path), "prompt": prompt, "seed": seed, "tokens": record["tokens"]}
 
 
 def _token_info(file: Path, as_json: bool) -> None:
@@ -362,9 +375,9 @@ def _rerun(file: Path, record: dict[str, Any], model: str | None) -> dict[str, A
                 f'"{file}" was made by "{model}", which does not ship with Tessera: pass its '
                 "folder or hub id as --model."
             )
-    if record["seed"] is None or record["tokens"] is None:
+    if None in (record["prompt"], record["seed"], record["tokens"]):
         raise InputError(
-            f'"{file}" has no seed or no tokens in its settings, so it cannot be rerun.'
+            f'"{file}" has no prompt, seed or tokens in its settings: it cannot be made again.'
         )
     if record["pipeline"] == "TextToImagePipeline":
         picture, tokens = _redraw(record, model)
@@ -397,7 +410,7 @@ def _rerun(file: Path, record: dict[str, Any], model: str | None) -> dict[str, A
     return {**result, "verdict": verdict}
 
 
-def _redraw(record: dict[str, Any], model: str) -> tuple[Any, str]:
+def _redraw(record: dict[str, Any], model: str) -> tuple[Image, str]:
     from ..modalities.metadata import encode_tokens
     from ..pipelines.seeds import MAX_SEED
 
@@ -411,12 +424,11 @@ def _redraw(record: dict[str, Any], model: str) -> tuple[Any, str]:
     seeds = [(record["seed"] - index + i) % (MAX_SEED + 1) for i in range(batch)]
     with progress_bar() as bar:
         task = bar.add_task(f"{Path(model).name}  rerun", total=settings["num_tokens"])
-        for partial in _draw(pipeline, record["prompt"] or "", seeds, settings):
-            bar.advance(task)
-    return partial.images[index], encode_tokens(partial.tokens[index])
+        output = _draw(pipeline, record["prompt"], seeds, settings, partial(bar.advance, task))
+    return output.images[index], encode_tokens(output.tokens[index])
 
 
-def _redecode(record: dict[str, Any], model: str) -> tuple[Any, str]:
+def _redecode(record: dict[str, Any], model: str) -> tuple[Image, str]:
     from ..modalities.metadata import decode_tokens
     from .commands_tokens import decode_picture
 

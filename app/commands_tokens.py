@@ -64,7 +64,7 @@ def encode(
                 "tokens": count,
                 "bits": written.bits or None,
                 "bytes": written.payload_bytes,
-                "psnr": round(psnr, 2),
+                "psnr": psnr,
             }
         )
         return
@@ -195,7 +195,7 @@ def reconstruct(
         dtype=tokenizer.dtype,
     )
     save_image(_labelled_grid(cells), out, None if no_metadata else record, overwrite=force)
-    psnr = {n: round(values[0], 2) for n, values in result.psnr.items()}
+    psnr = {n: values[0] for n, values in result.psnr.items()}
     if as_json:
         print_json({"path": str(out), "tokenizer": tokenizer_name, "psnr": psnr})
         return

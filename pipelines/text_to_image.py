@@ -22,6 +22,7 @@ from ..modalities.errors import InputError
 from ..modalities.image import to_pil
 from ..modalities.text import clean_prompt
 from ..tokenizers.image.flextok import FlexTok
+from ..weights.loading import check_complete
 from ..weights.registry import resolve_model
 from .seeds import item_seeds, noise_stream, token_stream
 
@@ -157,6 +158,8 @@ class TextToImagePipeline(DiffusionPipeline):
             ) from error
         if not isinstance(pipeline, cls):
             raise InputError(f'"{name}" holds a {type(pipeline).__name__}, not a {cls.__name__}.')
+        for part, model in pipeline.components.items():
+            check_complete(model, f"{name}/{part}")
         pipeline.name = str(name)
         return pipeline
 

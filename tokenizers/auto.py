@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..modalities.errors import InputError
-from ..weights.loading import find_files, licence_notice, load_published
+from ..weights.loading import check_complete, find_files, licence_notice, load_published
 from ..weights.registry import (
     ModelInfo,
     find_model,
@@ -82,7 +82,9 @@ def _from_folder(folder: Path, options: dict[str, Any]) -> Tokenizer:
         )
     kind = import_class(classes[class_name])
     try:
-        return kind.from_pretrained(folder, **options).eval()
+        tokenizer = kind.from_pretrained(folder, **options).eval()
+        check_complete(tokenizer, folder)
+        return tokenizer
     except InputError:
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:

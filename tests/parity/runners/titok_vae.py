@@ -1,0 +1,5 @@
+"""The same runners as TiTok's."""
+
+from tessera.tests.parity.runners.titok import RUNNERS
+
+__all__ = ["RUNNERS"]

@@ -22,6 +22,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from ...kernels.linear import Linear, linear
 from ...modalities.errors import InputError
 from ..base import Tokenizer
 from ..guidance import Guidance, NormalizedGuidance, classifier_free_guidance
@@ -50,15 +51,15 @@ class Attention(nn.Module):
     def __init__(self, dim: int, head_dim: int):
         super().__init__()
         self.head_dim = head_dim
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.proj = nn.Linear(dim, dim, bias=False)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.proj = Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor, mask: Tensor | None, rows: slice) -> Tensor:
         """``[B, S, D]``, mask broadcastable to ``[B, heads, R, S]`` -> the queried rows ``[B, R, D]``."""
         dim = x.shape[-1]
         to_q, to_kv = self.qkv.weight.split([dim, 2 * dim])
-        q = F.linear(x[:, rows], to_q).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        k, v = F.linear(x, to_kv).unflatten(-1, (2, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+        q = linear(x[:, rows], to_q).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        k, v = linear(x, to_kv).unflatten(-1, (2, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
         q, k = norm(q).to(v.dtype), norm(k).to(v.dtype)
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(v.dtype)
@@ -70,8 +71,8 @@ class SwiGLU(nn.Module):
     def __init__(self, dim: int, mlp_ratio: float):
         super().__init__()
         hidden = int(2 * (mlp_ratio * dim) / 3)
-        self.fc1_fc3 = nn.Linear(dim, 2 * hidden, bias=False)
-        self.fc2 = nn.Linear(hidden, dim, bias=False)
+        self.fc1_fc3 = Linear(dim, 2 * hidden, bias=False)
+        self.fc2 = Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.fc1_fc3(x).chunk(2, dim=-1)
@@ -95,7 +96,7 @@ class DecoderBlock(EncoderBlock):
 
     def __init__(self, dim: int, head_dim: int, mlp_ratio: float):
         super().__init__(dim, head_dim, mlp_ratio)
-        self.adaln = nn.Linear(dim, 12 * dim)
+        self.adaln = Linear(dim, 12 * dim)
 
     def modulation(self, temb: Tensor) -> Tensor:
         """SiLU of the time embedding ``[B, D]`` -> ``[B, 2, 6, D]`` (patches, registers)."""
@@ -137,7 +138,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, channels: int, patch_size: int, dim: int, grid: int):
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Linear(channels * patch_size**2, dim)
+        self.proj = Linear(channels * patch_size**2, dim)
         self.register_buffer("positions", sincos_table(dim, grid), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,7 +169,7 @@ class Encoder(nn.Module):
         self.registers = nn.Parameter(torch.empty(registers, dim))
         nn.init.trunc_normal_(self.registers, std=0.02)
         self.blocks = nn.ModuleList(EncoderBlock(dim, head_dim, mlp_ratio) for _ in range(depth))
-        self.proj = nn.Linear(dim, code_dim)
+        self.proj = Linear(dim, code_dim)
 
     def forward(self, latents: Tensor, num_tokens: int) -> Tensor:
         """Latents ``[B, C, h, w]`` -> values of the first registers ``[B, num_tokens, code_dim]``.
@@ -191,7 +192,7 @@ class TimeEmbed(nn.Module):
     def __init__(self, dim: int, max_timestep: float):
         super().__init__()
         self.max_timestep = max_timestep
-        self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.mlp = nn.Sequential(Linear(256, dim), nn.SiLU(), Linear(dim, dim))
 
     def features(self, t: Tensor) -> Tensor:
         """Times ``[B]`` in [0, 1] -> cosines then sines ``[B, 256]``, longest period factor 256."""
@@ -223,7 +224,7 @@ class FlowDecoder(nn.Module):
         super().__init__()
         self.num_registers = registers
         self.channels = channels
-        self.from_codes = nn.Linear(code_dim, dim)
+        self.from_codes = Linear(code_dim, dim)
         self.register_positions = nn.Parameter(torch.empty(registers, dim))
         self.mask_token = nn.Parameter(torch.empty(dim))
         self.null_token = nn.Parameter(torch.empty(dim))
@@ -232,8 +233,8 @@ class FlowDecoder(nn.Module):
         self.patch_embed = PatchEmbed(channels, patch_size, dim, grid)
         self.time_embed = TimeEmbed(dim, max_timestep)
         self.blocks = nn.ModuleList(DecoderBlock(dim, head_dim, mlp_ratio) for _ in range(depth))
-        self.adaln = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, channels * patch_size**2)
+        self.adaln = Linear(dim, 2 * dim)
+        self.proj = Linear(dim, channels * patch_size**2)
 
     def condition(
         self, codes: Tensor, keep: Tensor | None = None, drop: Tensor | None = None
@@ -373,16 +374,14 @@ class FlexTok(Tokenizer, ModelMixin, ConfigMixin):
         """Xavier-uniform linears; adaLN and the output start at zero (section 10 of the recipe)."""
         for part in (self.encoder, self.decoder):
             for module in part.modules():
-                if isinstance(module, nn.Linear):
+                if isinstance(module, Linear):
                     nn.init.xavier_uniform_(module.weight)
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
-        for linear in [b.adaln for b in self.decoder.blocks] + [
-            self.decoder.adaln,
-            self.decoder.proj,
-        ]:
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        outputs = [self.decoder.adaln, self.decoder.proj]
+        for module in [*(block.adaln for block in self.decoder.blocks), *outputs]:
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
 
     @property
     def num_tokens(self) -> int:

@@ -135,11 +135,11 @@ def gate(x: Tensor, update: Tensor, gates: Tensor, groups: Sequence[int]) -> Ten
 class PatchEmbed(nn.Module):
     """``[B, C, H, W]`` -> ``[B, patches, dim]``, patch vectors ordered (row, column, channel)."""
 
-    def __init__(self, channels: int, patch_size: int, dim: int, grid: int):
+    def __init__(self, channels: int, patch_size: int, dim: int, positions: Tensor):
         super().__init__()
         self.patch_size = patch_size
         self.proj = Linear(channels * patch_size**2, dim)
-        self.register_buffer("positions", sincos_table(dim, grid), persistent=False)
+        self.register_buffer("positions", positions, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.patch_size
@@ -149,8 +149,14 @@ class PatchEmbed(nn.Module):
         return (embedded + self.positions[:rows, :columns].to(embedded.dtype)).flatten(1, 2)
 
 
+def unpatchify(x: Tensor, rows: int, columns: int, patch_size: int) -> Tensor:
+    """Patch vectors ``[B, rows * columns, p p C]`` in `PatchEmbed`'s order -> ``[B, C, H, W]``."""
+    x = x.unflatten(1, (rows, columns)).unflatten(-1, (patch_size, patch_size, -1))
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
 class Encoder(nn.Module):
-    """Sections 4 of the published layout: patches, causal registers, latents of the quantizer."""
+    """Section 4 of the published layout: patches, causal registers, latents of the quantizer."""
 
     def __init__(
         self,
@@ -165,7 +171,7 @@ class Encoder(nn.Module):
         code_dim: int,
     ):
         super().__init__()
-        self.patch_embed = PatchEmbed(channels, patch_size, dim, grid)
+        self.patch_embed = PatchEmbed(channels, patch_size, dim, sincos_table(dim, grid))
         self.registers = nn.Parameter(torch.empty(registers, dim))
         nn.init.trunc_normal_(self.registers, std=0.02)
         self.blocks = nn.ModuleList(EncoderBlock(dim, head_dim, mlp_ratio) for _ in range(depth))
@@ -189,15 +195,16 @@ class Encoder(nn.Module):
 
 
 class TimeEmbed(nn.Module):
-    def __init__(self, dim: int, max_timestep: float):
+    def __init__(self, dim: int, max_timestep: float, max_period: float = 256.0):
         super().__init__()
         self.max_timestep = max_timestep
+        self.max_period = max_period
         self.mlp = nn.Sequential(Linear(256, dim), nn.SiLU(), Linear(dim, dim))
 
     def features(self, t: Tensor) -> Tensor:
-        """Times ``[B]`` in [0, 1] -> cosines then sines ``[B, 256]``, longest period factor 256."""
+        """Times ``[B]`` in [0, 1] -> cosines then sines ``[B, 256]``."""
         exponents = torch.arange(128, dtype=torch.float32, device=t.device) / 128
-        frequencies = 1000 / self.max_timestep * torch.exp(-math.log(256) * exponents)
+        frequencies = 1000 / self.max_timestep * torch.exp(-math.log(self.max_period) * exponents)
         angles = t.float()[:, None] * frequencies
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -230,7 +237,7 @@ class FlowDecoder(nn.Module):
         self.null_token = nn.Parameter(torch.empty(dim))
         for parameter in (self.register_positions, self.mask_token, self.null_token):
             nn.init.trunc_normal_(parameter, std=0.02)
-        self.patch_embed = PatchEmbed(channels, patch_size, dim, grid)
+        self.patch_embed = PatchEmbed(channels, patch_size, dim, sincos_table(dim, grid))
         self.time_embed = TimeEmbed(dim, max_timestep)
         self.blocks = nn.ModuleList(DecoderBlock(dim, head_dim, mlp_ratio) for _ in range(depth))
         self.adaln = Linear(dim, 2 * dim)
@@ -300,8 +307,7 @@ class FlowDecoder(nn.Module):
             h = block(h, mask, modulation, patches, last=i == len(blocks))
         shift, scale = output.unbind(2)
         h = self.proj(modulate(norm(h), shift, scale, (patches,)))
-        h = h.unflatten(1, (rows, columns)).unflatten(-1, (patch_size, patch_size, -1))
-        return h.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return unpatchify(h, rows, columns, patch_size)
 
 
 class FlexTok(Tokenizer, ModelMixin, ConfigMixin):

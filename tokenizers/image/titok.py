@@ -38,8 +38,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor, rows: slice) -> Tensor:
-        """``[B, S, D]`` -> the attention outputs of ``rows``, ``[B, R, D]``."""
+    def forward(self, x: Tensor, rows: slice, mask: Tensor | None = None) -> Tensor:
+        """``[B, S, D]``, mask broadcastable to ``[B, heads, R, S]`` -> outputs of ``rows``, ``[B, R, D]``."""
         dim = x.shape[-1]
         weight, bias = self.qkv.weight, self.qkv.bias
         if rows == slice(None):
@@ -48,7 +48,8 @@ class Attention(nn.Module):
             q = linear(x[:, rows], weight[:dim], bias[:dim])
             k, v = linear(x, weight[dim:], bias[dim:]).chunk(2, dim=-1)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -61,9 +62,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(Linear(dim, 4 * dim), nn.GELU(), Linear(4 * dim, dim))
 
-    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        """``[B, S, D]`` -> the outputs of ``rows``, ``[B, R, D]``."""
-        x, h = x[:, rows], self.attn(self.ln_1(x), rows)
+    def forward(self, x: Tensor, rows: slice = slice(None), mask: Tensor | None = None) -> Tensor:
+        """``[B, S, D]`` -> the outputs of ``rows``, ``[B, R, D]``; mask as in `Attention`."""
+        x, h = x[:, rows], self.attn(self.ln_1(x), rows, mask)
         x = x + h
         return x + self.mlp(self.ln_2(x))
 

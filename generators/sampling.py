@@ -43,24 +43,79 @@ def probabilities(logits: Tensor, temperature: float, top_k: int = 0, top_p: flo
     return logits.softmax(-1)
 
 
+def check_generators(generators: Sequence[torch.Generator], batch: int) -> None:
+    """Raise InputError unless there is one generator an item."""
+    if len(generators) != batch:
+        raise InputError(f"Give one random generator an item: {batch}, got {len(generators)}.")
+
+
+def check_given(
+    tokens: Tensor | None, token_mask: Tensor | None, batch: int, length: int, vocab_size: int
+) -> None:
+    """Raise InputError unless given ids ``[B, n]``, n <= length, come with a mask of that shape.
+
+    Ids beside the mask are not read.
+    """
+    if tokens is None and token_mask is None:
+        return
+    if tokens is None or token_mask is None:
+        raise InputError("Give tokens together with token_mask, True where they are kept.")
+    if tokens.shape != token_mask.shape or len(tokens) != batch or not tokens.shape[1] <= length:
+        raise InputError(
+            f"tokens and token_mask must both have the shape [{batch}, 1 to {length}], got "
+            f"{list(tokens.shape)} and {list(token_mask.shape)}."
+        )
+    kept = tokens.masked_fill(~token_mask, 0)
+    if kept.numel() and not (int(kept.min()) >= 0 and int(kept.max()) < vocab_size):
+        raise InputError(
+            f"Token ids must lie in 0 to {vocab_size - 1}, got {int(kept.min())} to "
+            f"{int(kept.max())}."
+        )
+
+
+def draw(
+    distribution: str,
+    shape: Sequence[int],
+    generators: Sequence[torch.Generator],
+    device: torch.device,
+) -> Tensor:
+    """Float32 draws ``[B, *shape]``, every item's from its own generator.
+
+    What an item draws does not depend on the batch around it.
+
+    Args:
+        distribution: "normal", "uniform" (0 to 1) or "exponential" (rate 1).
+    """
+    rows = [
+        getattr(torch.empty(*shape, device=g.device), f"{distribution}_")(generator=g)
+        for g in generators
+    ]
+    return torch.stack(rows).to(device)
+
+
+def gumbel(uniform: Tensor) -> Tensor:
+    """Draws from U(0, 1) -> standard Gumbel noise ``-log(-log(u))``, finite for every u."""
+    return -(-uniform.clamp(min=1e-20).log()).clamp(min=1e-20).log()
+
+
 def sample(
     logits: Tensor,
     temperature: float,
     top_k: int,
     top_p: float,
     generators: Sequence[torch.Generator],
+    noise: Tensor | None = None,
 ) -> Tensor:
     """Draw one id an item: int64 ``[B]``.
 
-    ``argmax(p / e)`` with e ~ Exp(1) is a draw from p; each item's e comes from its own generator,
-    so what an item draws does not depend on the batch around it. Temperature 0 is greedy.
+    ``argmax(p / e)`` with e ~ Exp(1) is a draw from p; each item's e comes from its own generator.
+    Temperature 0 is greedy.
+
+    Args:
+        noise: e ``[B, V]`` itself, in place of the generators.
     """
-    noise = torch.stack(
-        [
-            torch.empty(logits.shape[-1], device=g.device).exponential_(generator=g)
-            for g in generators
-        ]
-    ).to(logits.device)
+    if noise is None:
+        noise = draw("exponential", logits.shape[1:], generators, logits.device)
     if temperature == 0:
         return logits.argmax(-1)
     return (probabilities(logits, temperature, top_k, top_p) / noise).argmax(-1)

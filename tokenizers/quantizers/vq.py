@@ -100,7 +100,7 @@ class VectorQuantizer(nn.Module):
             codebook = codebook + rate[:, None] * step
         if self.revive:
             nearest = _nearest(self.normalize(codebook), self.normalize(vectors))
-            # 1 for a code without use, 0 as soon as it gets a thousandth of its fair share.
+            # 1 for a code without use, nearly 0 from some thousandths of a fair share on.
             pull = torch.exp(-10 * self.vocab_size * self.usage / (1 - self.decay) - 1e-3)
             codebook = codebook.lerp(vectors[nearest], pull[:, None])
         self.embedding.weight.copy_(codebook)

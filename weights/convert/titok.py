@@ -76,16 +76,13 @@ def shared_config(published: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError(f'Unknown model size "{size}": TiTok has {", ".join(_SIZES)}.')
         names = (f"{part}_dim", f"{part}_depth", f"{part}_heads")
         config |= dict(zip(names, _SIZES[size], strict=True))
-    patches = {
-        node[f"vit_{part}_patch_size"]
-        for part in ("enc", "dec")
-        if f"vit_{part}_patch_size" in node
-    }
-    if len(patches) > 1:
+    if node.get("vit_enc_patch_size") != node.get("vit_dec_patch_size"):
         raise InputError("Encoder and decoder of a TiTok have patches of one size.")
-    config |= {"patch_size": size for size in patches}
-    names = ("codebook_size", "token_size", "use_l2_norm", "num_latent_tokens", "quantize_mode")
-    config |= {name: node[name] for name in names if name in node}
+    names = {"vit_enc_patch_size": "patch_size"}
+    names |= dict.fromkeys(("codebook_size", "token_size", "use_l2_norm", "num_latent_tokens"))
+    config |= {ours or name: node[name] for name, ours in names.items() if name in node}
+    if node:
+        config["quantize_mode"] = node.get("quantize_mode", "vq")
     crop = published.get("dataset", {}).get("preprocessing", {}).get("crop_size")
     return config if crop is None else {**config, "image_size": crop}
 

@@ -58,7 +58,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             f'"{path}" holds more than plain tensors and was not opened, since such a file can run '
             "code: save its state dict as safetensors where you trust it."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # A damaged pickle fails in as many ways as it has bytes.
         raise InputError(f'"{path}" is damaged ({_line(error)}): copy it again.') from error
     state = {}
     _flatten(loaded, "", state)

@@ -154,7 +154,7 @@ def merge(
         return y.to(x.dtype), total.float()
     y = segment_sum(wide, a)
     if mode == "mean":
-        y = y / a.size.clamp(min=1)[..., None]
+        y = y.div_(a.size.clamp(min=1)[..., None])
     return y.to(x.dtype)
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...modalities.errors import InputError
+from ..linear import linear
 
 SOURCE_TILE, TARGET_TILE = 256, 512
 
@@ -36,16 +37,9 @@ def unit(x: Tensor) -> Tensor:
 
 def tile_product(x: Tensor, y: Tensor) -> Tensor:
     """``[b, s, C]`` times ``[b, t, C]`` transposed -> ``[b, s, t]``."""
-    if len(x) == 1 and x.shape[1] >= 64 and _use_onednn(x):
-        return F.linear(x[0].to_mkldnn(), y[0].to_mkldnn()).to_dense()[None]
+    if len(x) == 1:
+        return linear(x[0], y[0])[None]
     return x @ y.transpose(1, 2)
-
-
-def _use_onednn(x: Tensor) -> bool:
-    # torch.mm calls MKL, which keeps to AVX2 on CPUs that are not Intel's; oneDNN uses AVX-512.
-    return (
-        x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    )
 
 
 @torch.library.custom_op("tessera::best_match", mutates_args=())
@@ -87,35 +81,43 @@ def best_match_torch(
     metric: Tensor, sources: Tensor, targets: Tensor, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`best_match` in tiles of plain torch; short samples go several at a time."""
-    (batch, count), tokens = sources.shape, metric.shape[1]
+    (batch, count), total = sources.shape, targets.shape[1]
     dtype = torch.promote_types(metric.dtype, torch.float32)
     best = metric.new_full((batch, count), -torch.inf, dtype=dtype)
     where = torch.zeros(batch, count, dtype=torch.int64, device=metric.device)
-    pairs = min(count, SOURCE_TILE) * min(targets.shape[1], TARGET_TILE)
-    step = max(1, SOURCE_TILE * TARGET_TILE // max(pairs, 1))
+    step = samples_at_once(count, total)
     for b in range(0, batch, step):
-        item = metric[b : b + step]
-        start = torch.arange(len(item), device=metric.device)[:, None] * tokens
-        flat = item.reshape(-1, metric.shape[2])
-        norms = length(flat)
-        usable = None if valid is None else valid[b : b + step]
-        for t in range(0, targets.shape[1], TARGET_TILE):
-            chosen = targets[b : b + step, t : t + TARGET_TILE]
-            y = flat[chosen + start] / norms[chosen + start]
-            for s in range(0, count, SOURCE_TILE):
-                index = sources[b : b + step, s : s + SOURCE_TILE] + start
-                scores = tile_product(flat[index] / norms[index], y)
-                if usable is not None:
-                    scores.masked_fill_(~usable.gather(1, chosen)[:, None], -torch.inf)
-                value, place = scores.max(dim=2)
-                old = best[b : b + step, s : s + SOURCE_TILE]
-                better = value > old
-                old.copy_(torch.where(better, value, old))
-                old = where[b : b + step, s : s + SOURCE_TILE]
-                old.copy_(torch.where(better, place + t, old))
+        item, chosen = metric[b : b + step], targets[b : b + step]
+        y = take_unit(item, chosen)
+        seen = None if valid is None else valid[b : b + step].gather(1, chosen)
+        for s in range(0, count, SOURCE_TILE):
+            x = take_unit(item, sources[b : b + step, s : s + SOURCE_TILE])
+            top = best[b : b + step, s : s + SOURCE_TILE]
+            place = where[b : b + step, s : s + SOURCE_TILE]
+            for t in range(0, total, TARGET_TILE):
+                scores = tile_product(x, y[:, t : t + TARGET_TILE])
+                if seen is not None:
+                    scores.masked_fill_(~seen[:, None, t : t + TARGET_TILE], -torch.inf)
+                value, index = scores.max(dim=2)
+                better = value > top
+                torch.where(better, value, top, out=top)
+                torch.where(better, index.add_(t), place, out=place)
     if valid is not None:
         best.masked_fill_(~valid.gather(1, sources), -torch.inf)
     return best, where
+
+
+def samples_at_once(rows: int, columns: int) -> int:
+    """How many samples' scores fit into one tile."""
+    return max(1, SOURCE_TILE * TARGET_TILE // max(rows * columns, 1))
+
+
+def take_unit(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens ``[B, S]`` of ``[B, N, C]``, divided by their norm, in float32 or wider."""
+    start = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    rows = x.reshape(-1, x.shape[2]).index_select(0, (index + start).flatten())
+    rows = rows.to(torch.promote_types(x.dtype, torch.float32))
+    return rows.div_(length(rows)).view(*index.shape, -1)
 
 
 @torch.library.custom_op("tessera::similarity_energy", mutates_args=())
@@ -160,17 +162,16 @@ def similarity_energy_torch(metric: Tensor, kernel: str, margin: float, alpha: f
     batch, tokens, _ = metric.shape
     dtype = torch.promote_types(metric.dtype, torch.float32)
     energy = metric.new_zeros(batch, tokens, dtype=dtype)
-    pairs = min(tokens, SOURCE_TILE) * min(tokens, TARGET_TILE)
-    step = max(1, SOURCE_TILE * TARGET_TILE // max(pairs, 1))
+    step = samples_at_once(tokens, tokens)
     for b in range(0, batch, step):
         normed = unit(metric[b : b + step])
-        for t in range(0, tokens, TARGET_TILE):
-            y = normed[:, t : t + TARGET_TILE]
-            for s in range(0, tokens, SOURCE_TILE):
-                scores = tile_product(normed[:, s : s + SOURCE_TILE], y)
+        for s in range(0, tokens, SOURCE_TILE):
+            x = normed[:, s : s + SOURCE_TILE]
+            for t in range(0, tokens, TARGET_TILE):
+                scores = tile_product(x, normed[:, t : t + TARGET_TILE])
                 scores = energy_kernel(scores, kernel, margin, alpha)
                 energy[b : b + step, s : s + SOURCE_TILE] += scores.sum(dim=2)
-    return energy / max(tokens, 1)
+    return energy.div_(max(tokens, 1))
 
 
 def stable_order(values: Tensor) -> Tensor:

@@ -159,9 +159,9 @@ class TokenMerging:
                 return forward(x, *args, **kwargs)
             if keys:
                 total = x.shape[1]
-                args = tuple(_merge_mask(value, a, tokens, total) for value in args)
+                args = tuple(_merge_argument(value, a, tokens, total) for value in args)
                 kwargs = {
-                    name: _merge_mask(value, a, tokens, total) for name, value in kwargs.items()
+                    name: _merge_argument(value, a, tokens, total) for name, value in kwargs.items()
                 }
             rows = a.rep.shape[1]
             y = forward(torch.cat([merge(x[:, :tokens], a), x[:, tokens:]], 1), *args, **kwargs)
@@ -171,8 +171,10 @@ class TokenMerging:
         self.wrapped.append(module)
 
 
-def _merge_mask(value: Any, a: Assignment, tokens: int, total: int) -> Any:
-    """A mask over the keys, ``[..., 1, total]``, as one over the rows and the other keys."""
+def _merge_argument(value: Any, a: Assignment, tokens: int, total: int) -> Any:
+    """An argument of attention for the merged tokens: masks over keys, slices of queries."""
+    if isinstance(value, slice) and value.stop == tokens:
+        return slice(value.start, a.rep.shape[1])
     if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[-1] != total:
         return value
     if value.shape[-2] != 1:

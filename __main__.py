@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
 
 def main() -> None:
     """Run the command line."""
-    from .app.commands import main as run
+    try:
+        from .app.commands import main as run
 
-    run()
+        run()
+    except KeyboardInterrupt:  # Before a command began.
+        sys.exit(130)
 
 
 if __name__ == "__main__":

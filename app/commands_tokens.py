@@ -209,18 +209,10 @@ def decode_picture(
     tokenizer: Tokenizer, tokens: Tensor, seed: int, steps: int | None = None
 ) -> Image:
     """Tokens ``[k]`` or ``[k, latent_dim]`` -> a picture."""
-    import torch
-
     from ..modalities.image import to_pil
-    from ..pipelines.seeds import noise_stream
+    from ..pipelines.reconstruction import decode_tokens
 
-    with torch.no_grad():
-        decoded = tokenizer.decode(
-            tokens[None].to(tokenizer.device),
-            num_inference_steps=steps,
-            generator=[noise_stream(seed)],
-        )
-    return to_pil(decoded)[0]
+    return to_pil(decode_tokens(tokenizer, tokens[None].to(tokenizer.device), [seed], steps))[0]
 
 
 def _labelled_grid(cells: dict[str, Any], columns: int = 5) -> Image:

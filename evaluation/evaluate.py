@@ -22,7 +22,8 @@ from ..modalities.datasets import PERMISSIVE_STYLES, ImageTextDataset, StickerPa
 from ..modalities.errors import InputError
 from ..modalities.files import atomic_path
 from ..modalities.image import fit_image, to_tensor
-from ..pipelines.seeds import check_seed, noise_stream
+from ..pipelines.reconstruction import decode_tokens
+from ..pipelines.seeds import check_seed
 from ..tokenizers.base import Tokenizer
 from ..weights.registry import find_model
 from .metrics import (
@@ -288,8 +289,8 @@ def _reconstruct(
         images = _read_pictures(dataset, part, tokenizer.image_size)
         tokens = tokenizer.encode(images.to(tokenizer.device))
         for length in lengths:
-            generators = [noise_stream(seed + start + i) for i in range(len(part))]
-            decoded = tokenizer.decode(tokens[:, :length], generator=generators).float().cpu()
+            seeds = [seed + start + i for i in range(len(part))]
+            decoded = decode_tokens(tokenizer, tokens[:, :length], seeds).float().cpu()
             for name, metric in metrics.items():
                 found[length][name] += metric(decoded, images).tolist()
             progress.advance(task, len(part))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,36 @@ class ReconstructionOutput(BaseOutput):
     reconstructions: dict[int, list[Image.Image]]
     tokens: Tensor
     psnr: dict[int, list[float]]
+
+
+@torch.no_grad()
+def decode_tokens(
+    tokenizer: Tokenizer,
+    tokens: Tensor,
+    seeds: Sequence[int],
+    num_inference_steps: int | None = None,
+) -> Tensor:
+    """Tokens of any picture tokenizer -> media ``[B, C, H, W]``, about [-1, 1].
+
+    Args:
+        seeds: of each item's noise; a decoder that draws none uses neither seeds nor steps.
+
+    Raises:
+        InputError: the decoder wants more than tokens, such as the text of the picture.
+    """
+    _, *others = inspect.signature(tokenizer.decode).parameters.values()
+    for parameter in others:
+        if parameter.default is parameter.empty:
+            raise InputError(
+                f"{type(tokenizer).__name__} decodes tokens together with {parameter.name}: call "
+                "its decode method with both."
+            )
+    options = {
+        "generator": [noise_stream(seed) for seed in seeds],
+        "num_inference_steps": num_inference_steps,
+    }
+    known = {parameter.name for parameter in others}
+    return tokenizer.decode(tokens, **{k: v for k, v in options.items() if k in known})
 
 
 class ReconstructionPipeline(DiffusionPipeline):
@@ -78,6 +109,11 @@ class ReconstructionPipeline(DiffusionPipeline):
                 raise InputError(
                     f"This tokenizer decodes 1 to {tokenizer.num_tokens} tokens, got {length}."
                 )
+            if length < tokenizer.num_tokens and not tokenizer.ordered:
+                raise InputError(
+                    f"This tokenizer decodes only all of its {tokenizer.num_tokens} tokens, got "
+                    f"{length}."
+                )
         if isinstance(media, Tensor):
             images = media
         else:
@@ -91,10 +127,8 @@ class ReconstructionPipeline(DiffusionPipeline):
         tokens = tokenizer.encode(images.to(self.device))
         reconstructions, psnr = {}, {}
         for done, length in enumerate(lengths, start=1):
-            decoded = tokenizer.decode(
-                tokens[:, :length],
-                num_inference_steps=num_inference_steps,
-                generator=[noise_stream(seed) for _ in range(len(tokens))],
+            decoded = decode_tokens(
+                tokenizer, tokens[:, :length], [seed] * len(tokens), num_inference_steps
             ).clamp(-1, 1)
             error = (decoded - images.to(decoded)).square().mean((1, 2, 3))
             psnr[length] = (10 * torch.log10(4 / error.clamp(min=1e-10))).tolist()

@@ -11,10 +11,13 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from tessera.app import commands_tokens
 from tessera.app.commands import cli
 from tessera.app.commands_shared import slug
 from tessera.modalities.errors import InputError
@@ -24,6 +27,7 @@ from tessera.modalities.token_file import read_tokens, write_tokens
 from tessera.pipelines.reconstruction import ReconstructionPipeline
 from tessera.pipelines.text_to_image import TextToImagePipeline
 from tessera.tests.tiny import tiny_pack, tiny_pipeline, tiny_tokenizer
+from tessera.tokenizers.base import Tokenizer
 from tessera.weights import loading, registry
 from tessera.weights.registry import ModelInfo
 
@@ -477,6 +481,48 @@ def test_reconstruct_shows_the_original_and_each_prefix():
     assert read_record("grid.png")["settings"]["tokens"] == "1,4,16"
     default = json.loads(tessera("reconstruct", "red.png", "--json").stdout)
     assert list(default["psnr"]) == ["1", "2", "4", "8", "16"]
+
+
+class Mosaic(ModelMixin, ConfigMixin, Tokenizer):
+    """4x4 means of a picture as 16 grey levels: neither ordered nor drawing noise."""
+
+    num_tokens, vocab_size, ordered, image_size = 16, 256, False, 32
+
+    @register_to_config
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(127.5))
+
+    def encode(self, images):
+        cells = torch.nn.functional.avg_pool2d(images.mean(1, keepdim=True), 8)
+        return (cells + 1).mul(self.scale).round().long().flatten(1)
+
+    def decode(self, tokens):
+        cells = tokens.view(-1, 1, 4, 4) / self.scale - 1
+        return cells.repeat_interleave(8, 2).repeat_interleave(8, 3).expand(-1, 3, -1, -1)
+
+
+class Captioned(Mosaic):
+    def decode(self, tokens, text_embeddings):
+        return super().decode(tokens)
+
+
+def test_a_tokenizer_that_is_not_ordered_and_draws_nothing(monkeypatch):
+    monkeypatch.setattr(commands_tokens, "load_tokenizer", lambda name: Mosaic())
+    picture(size=(32, 32), colour="#777777")
+    report = json.loads(tessera("encode", "red.png", "--json").stdout)
+    assert report["psnr"] > 100
+    tessera("decode", "red.tok", "-o", "again.png")
+    assert load_image("again.png").tobytes() == load_image("red.png").tobytes()
+    report = json.loads(tessera("reconstruct", "red.png", "--json").stdout)
+    assert list(report["psnr"]) == ["16"]
+    result = tessera("reconstruct", "red.png", "--tokens", "8", "-f", code=2)
+    assert "decodes only all of its 16 tokens, got 8" in result.stderr
+    result = tessera("decode", "red.tok", "--tokens", 8, "-o", "x.png", code=2)
+    assert "decodes only all of its 16 tokens, got 8" in result.stderr
+    monkeypatch.setattr(commands_tokens, "load_tokenizer", lambda name: Captioned())
+    result = tessera("decode", "red.tok", "-o", "x.png", code=2)
+    assert "decodes tokens together with text_embeddings" in result.stderr
 
 
 def test_a_picture_of_one_pixel_and_one_of_400_million():

@@ -1,14 +1,19 @@
-"""VAR: the multi-scale tokenizer."""
+"""VAR: the multi-scale tokenizer and the next-scale generator."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 
+from tessera.generators.next_scale.var import VAR
+from tessera.generators.sampling import guide
+from tessera.generators.schedules import guidance_weight
 from tessera.modalities.errors import InputError
 from tessera.tokenizers.image.var_vqvae import MultiScaleVQVAE
 from tessera.tokenizers.quantizers.residual import MultiScaleResidualVQ
-from tessera.weights.convert import var_vqvae
+from tessera.weights.convert import var, var_vqvae
 from tessera.weights.loading import load_strict
 from tessera.weights.registry import list_models, model_info
 
@@ -37,7 +42,7 @@ def test_sizes(tokenizer, images):
     assert tokenizer.decode(ids).shape == images.shape
 
 
-def test_batch_equals_one_by_one(tokenizer, images):
+def test_tokenizer_batch_equals_one_by_one(tokenizer, images):
     ids = tokenizer.encode(images)
     decoded = tokenizer.decode(ids)
     for i in range(3):
@@ -89,7 +94,7 @@ def test_published_phis_are_shared_by_neighbours():
     assert phis == sorted(phis) and set(phis) == {0, 1, 2, 3}
 
 
-def test_training_moves_every_weight(tokenizer, images):
+def test_tokenizer_training_moves_every_weight(tokenizer, images):
     loss, parts = tokenizer(images)
     loss.backward()
     still = [n for n, p in tokenizer.named_parameters() if p.grad is None or not p.grad.any()]
@@ -117,7 +122,7 @@ def test_unused_codes_are_revived():
     assert quantizer(z)[1].unique().numel() > 1
 
 
-def test_save_and_load_are_exact(tokenizer, images, tmp_path):
+def test_tokenizer_saves_and_loads_exactly(tokenizer, images, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     again = MultiScaleVQVAE.from_pretrained(tmp_path)
     ids = tokenizer.encode(images)
@@ -125,7 +130,7 @@ def test_save_and_load_are_exact(tokenizer, images, tmp_path):
     assert torch.equal(again.decode(ids), tokenizer.decode(ids))
 
 
-def test_bfloat16_is_near(tokenizer, images, tmp_path):
+def test_bfloat16_tokenizer_is_near(tokenizer, images, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     half = MultiScaleVQVAE.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert half.quantizer.codebook.embedding.weight.dtype == torch.float32
@@ -152,7 +157,7 @@ def test_wrong_picture_size_is_refused(tokenizer):
         tokenizer.encode(torch.zeros(1, 3, 16, 8))
 
 
-def test_another_checkpoint_is_refused(tokenizer):
+def test_another_tokenizer_is_refused(tokenizer):
     with pytest.raises(InputError, match=r"class_emb\.weight"):
         var_vqvae.convert_state_dict({"class_emb.weight": torch.zeros(8, 4)}, {})
     with pytest.raises(InputError, match=r"encoder\.conv_in\.weight"):
@@ -167,3 +172,174 @@ def test_published_tokenizers(name):
     assert f"1-{model.num_tokens}" == info.tokens and model.vocab_size == info.vocab_size
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == info.parameters
     assert model.image_size == int(name.rpartition("-")[2])
+
+
+CLASSES = 5
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["adaln", "shared-adaln"])
+def model(request) -> VAR:
+    """Every weight random, so that no path is zero."""
+    torch.manual_seed(0)
+    model = VAR(24, 8, SCALES, CLASSES, dim=32, depth=2, heads=4, shared_adaln=request.param)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float(name.endswith("log_scale")), std=0.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def quantizer(tokenizer) -> MultiScaleResidualVQ:
+    return tokenizer.quantizer
+
+
+@pytest.fixture
+def labels() -> torch.Tensor:
+    return torch.tensor([0, 3, 4])
+
+
+def streams(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_cached_decoding_equals_full_recomputation(model, quantizer, labels, scale):
+    settings = {"guidance_scale": scale, "temperature": 0}
+    ids = model.generate(labels, streams(0, 1, 2), quantizer, **settings)
+    inputs = quantizer.next_inputs(ids)
+    logits = model.logits(inputs, labels)
+    null = model.logits(inputs, torch.full_like(labels, CLASSES))
+    start = 0
+    for k, side in enumerate(SCALES):
+        here = slice(start, start + side * side)
+        guided = guide(logits[:, here], null[:, here], guidance_weight("linear", scale, k / 3))
+        assert torch.equal(guided.argmax(-1), ids[:, here])
+        start = here.stop
+
+
+def test_a_scale_does_not_see_the_finer_ones(model, labels):
+    inputs = torch.randn(3, 29, 8)
+    changed = inputs.clone()
+    changed[:, 13:] += 1
+    before, after = model.logits(inputs, labels), model.logits(changed, labels)
+    assert torch.equal(before[:, :14], after[:, :14])
+    assert not torch.allclose(before[:, 14:], after[:, 14:])
+    assert torch.allclose(model.logits(inputs[:, :13], labels), before[:, :14], atol=1e-5)
+
+
+def test_batch_equals_one_by_one(model, quantizer, labels):
+    together = model.generate(labels, streams(5, 6, 7), quantizer)
+    for i in range(3):
+        alone = model.generate(labels[i : i + 1], streams(5 + i), quantizer)
+        assert torch.equal(alone[0], together[i])
+    assert torch.equal(model.generate(labels, streams(5, 6, 7), quantizer), together)
+    assert not torch.equal(model.generate(labels, streams(8, 9, 10), quantizer), together)
+
+
+def test_stream_yields_whole_scales(model, quantizer, labels, tokenizer):
+    parts = list(model.stream(labels, streams(0, 1, 2), quantizer))
+    assert [part.shape[1] for part in parts] == [1, 5, 14, 30]
+    assert all(torch.equal(part, parts[-1][:, : part.shape[1]]) for part in parts)
+    assert tokenizer.decode(parts[1]).shape == (3, 3, 8, 8)
+
+
+def test_top_k_1_is_greedy(model, quantizer, labels):
+    greedy = model.generate(labels, streams(0, 1, 2), quantizer, temperature=0)
+    drawn = model.generate(labels, streams(3, 4, 5), quantizer, top_k=1)
+    assert torch.equal(greedy, drawn)
+
+
+def test_given_tokens_stay_and_steer_the_rest(model, quantizer, labels):
+    free = model.generate(labels, streams(0, 1, 2), quantizer, temperature=0)
+    mask = torch.zeros(3, 4, 4, dtype=torch.bool)
+    mask[:, :, :2] = True
+    keep = model.token_mask(mask)
+    assert keep.shape == (3, 30) and keep[:, 14:].view(3, 4, 4)[:, :, :2].all()
+    given = (free + 7) % 24
+    edited = model.generate(
+        labels, streams(0, 1, 2), quantizer, temperature=0, tokens=given, token_mask=keep
+    )
+    assert torch.equal(edited[keep], given[keep]) and not torch.equal(edited[~keep], free[~keep])
+
+
+def test_training_moves_every_weight(model, quantizer, labels):
+    tokens = torch.randint(0, 24, (3, 30))
+    with torch.no_grad():
+        inputs = quantizer.next_inputs(tokens)
+    loss, parts = model(tokens, inputs, labels)
+    loss.backward()
+    still = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    model.zero_grad()
+    assert still == [] and parts["nll"] == loss
+
+
+def test_labels_and_paths_are_dropped_in_training_alone(model, quantizer, labels):
+    tokens = torch.randint(0, 24, (3, 30))
+    inputs = quantizer.next_inputs(tokens).detach()
+    model.register_to_config(label_dropout=1.0)
+    kept = model(tokens, inputs, labels)[0]
+    null = model(tokens, inputs, torch.full_like(labels, CLASSES))[0]
+    model.train()
+    for block in model.blocks:
+        block.drop_path.p = 0.0
+    dropped = model(tokens, inputs, labels)[0]
+    model.eval()
+    model.register_to_config(label_dropout=0.1)
+    assert torch.allclose(dropped, null) and not torch.allclose(kept, null)
+
+
+def test_a_new_model_knows_nothing(quantizer, labels):
+    torch.manual_seed(0)
+    model = VAR(24, 8, SCALES, CLASSES, dim=32, depth=2, heads=4).eval()
+    model.init_weights()
+    loss, _ = model(torch.randint(0, 24, (3, 30)), torch.randn(3, 29, 8), labels)
+    assert abs(float(loss.detach()) - math.log(24)) < 0.05
+
+
+def test_generator_saves_and_loads_exactly(model, quantizer, labels, tmp_path):
+    model.save_pretrained(tmp_path)
+    again = VAR.from_pretrained(tmp_path)
+    ids = model.generate(labels, streams(0, 1, 2), quantizer)
+    assert torch.equal(again.generate(labels, streams(0, 1, 2), quantizer), ids)
+    half = VAR.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    inputs = quantizer.next_inputs(ids)
+    exact = model.logits(inputs, labels)
+    assert (half.logits(inputs, labels) - exact).abs().max() < 0.05 * exact.abs().max()
+    assert half.generate(labels, streams(0, 1, 2), quantizer).shape == ids.shape
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"labels": torch.tensor([6])}, "0 to 4"),
+        ({"labels": torch.tensor([0.0])}, "whole numbers"),
+        ({"generators": streams(0, 1)}, "1, got 2"),
+        ({"temperature": -1.0}, "Temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"tokens": torch.zeros(1, 30, dtype=torch.int64)}, "token_mask"),
+        ({"quantizer": MultiScaleResidualVQ(24, 8, (1, 2))}, "do not fit"),
+        ({"quantizer": MultiScaleResidualVQ(25, 8, SCALES)}, "do not fit"),
+    ],
+)
+def test_wrong_settings_are_refused(model, quantizer, settings, words):
+    usual = {"labels": torch.tensor([0]), "generators": streams(0), "quantizer": quantizer}
+    with pytest.raises(InputError, match=words):
+        model.generate(**usual | settings)
+
+
+def test_another_generator_is_refused(model):
+    with pytest.raises(InputError, match=r"encoder\.conv_in\.weight"):
+        var.convert_state_dict({"encoder.conv_in.weight": torch.zeros(8, 3, 3, 3)}, {})
+    with pytest.raises(InputError, match='"start" is missing'):
+        load_strict(model, var.convert_state_dict({"head.bias": torch.zeros(24)}, {}))
+
+
+@pytest.mark.parametrize("name", list_models("var-d*"))
+def test_published_generators(name):
+    info = model_info(name)
+    with torch.device("meta"):
+        model = info.model_class()(**info.config)
+    assert str(model.num_tokens) == info.tokens
+    assert model.config.heads * 64 == model.config.dim == model.config.depth * 64
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    assert abs(parameters / info.parameters - 1) < 0.01, parameters

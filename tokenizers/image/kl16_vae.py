@@ -61,7 +61,6 @@ class KL16VAE(Tokenizer, ModelMixin, ConfigMixin):
             scaling_factor=scaling_factor,
         )
         fold_upsampling(self.vae.decoder)
-        self.to(memory_format=torch.channels_last)
 
     @property
     def stride(self) -> int:

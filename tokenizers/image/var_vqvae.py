@@ -72,7 +72,6 @@ class MultiScaleVQVAE(Tokenizer, ModelMixin, ConfigMixin):
             block_out_channels=block_out_channels,
         )
         fold_upsampling(self.decoder)
-        self.to(memory_format=torch.channels_last)
 
     @property
     def image_size(self) -> int:

@@ -1,9 +1,13 @@
-"""VAR's multi-scale tokenizer."""
+"""VAR: multi-scale tokenizer and next-scale transformer."""
 
 from __future__ import annotations
 
+import torch
+
+from tessera.generators.next_scale.var import VAR
+from tessera.generators.sampling import guide, probabilities
 from tessera.tokenizers.image.var_vqvae import MultiScaleVQVAE
-from tessera.weights.convert import var_vqvae
+from tessera.weights.convert import var, var_vqvae
 from tessera.weights.loading import load_strict
 
 
@@ -22,6 +26,24 @@ def build_tokenizer(case):
     return tokenizer
 
 
+def build_generator(case):
+    c = case.config["var"]
+    generator = VAR(
+        vocab_size=case.config["vae"]["vocab_size"],
+        code_dim=case.config["vae"]["z_channels"],
+        patch_nums=c["patch_nums"],
+        num_classes=c["num_classes"],
+        dim=c["embed_dim"],
+        depth=c["depth"],
+        heads=c["num_heads"],
+        mlp_ratio=case.config["mlp_ratio"],
+        l2_norm=c["attn_l2_norm"],
+        shared_adaln=c["shared_aln"],
+    ).eval()
+    load_strict(generator, var.convert_state_dict(case.state("var."), dict(generator.config)))
+    return generator
+
+
 def encode(case):
     tokenizer = build_tokenizer(case)
     latents = tokenizer.encode_latents(case.inputs["image"])
@@ -37,4 +59,45 @@ def var_input(case):
     return {"x": build_tokenizer(case).quantizer.next_inputs(case.inputs["ids"])}
 
 
-RUNNERS = {"encode": encode, "decode": decode, "var_input": var_input}
+def logits(case):
+    return {"logits": build_generator(case).logits(case.inputs["x"], case.inputs["labels"])}
+
+
+def filtered(case):
+    values = case.inputs["logits"]
+    probs = probabilities(values.flatten(0, 1), 1.0, case.args["top_k"], case.args["top_p"])
+    return {"probs": probs.view(values.shape)}
+
+
+def sample_greedy(case):
+    tokenizer, generator = build_tokenizer(case), build_generator(case)
+    labels = case.inputs["labels"]
+    scale = 1 + case.args["cfg"]
+    ids = generator.generate(
+        labels,
+        [torch.Generator() for _ in labels],
+        tokenizer.quantizer,
+        guidance_scale=scale,
+        top_k=case.args["top_k"],
+        top_p=case.args["top_p"],
+    )
+    inputs = tokenizer.quantizer.next_inputs(ids)
+    null = torch.full_like(labels, case.args["null_label"])
+    last = case.config["var"]["patch_nums"][-1] ** 2
+    both = generator.logits(inputs, labels), generator.logits(inputs, null)
+    return {
+        "ids": ids,
+        "logits_last": guide(*both, scale)[:, -last:],
+        "image": (tokenizer.decode(ids) + 1) / 2,
+    }
+
+
+RUNNERS = {
+    "encode": encode,
+    "decode": decode,
+    "var_input": var_input,
+    "logits": logits,
+    "filter_topk_topp": filtered,
+    "filter_topp": filtered,
+    "sample_greedy": sample_greedy,
+}

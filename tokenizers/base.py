@@ -20,6 +20,8 @@ class Tokenizer(ABC):
         vocab_size: number of ids of a discrete tokenizer; None for a continuous one.
         latent_dim: width of a continuous token; None for a discrete tokenizer.
         ordered: whether every prefix of the tokens decodes, coarse to fine.
+        adaptive: whether ``encode`` itself chooses how many tokens an item gets; such a tokenizer
+            has ``lengths(tokens)``, and ``encode`` takes a budget ``num_tokens``.
         image_size: side of the square picture in pixels.
     """
 
@@ -27,6 +29,7 @@ class Tokenizer(ABC):
     vocab_size: int | None
     latent_dim: int | None = None
     ordered: bool
+    adaptive: bool = False
     image_size: int
 
     @abstractmethod

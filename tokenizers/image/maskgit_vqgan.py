@@ -46,7 +46,12 @@ class VQGANEncoder(nn.Module):
     """Pictures ``[B, 3, H, W]`` in [0, 1] -> ``[B, z_channels, H / f, W / f]``."""
 
     def __init__(
-        self, channel_mult: Sequence[int], hidden: int, num_res_blocks: int, z_channels: int
+        self,
+        channel_mult: Sequence[int],
+        hidden: int,
+        num_res_blocks: int,
+        z_channels: int,
+        mid_blocks: int | None = None,
     ):
         super().__init__()
         widths = [hidden * mult for mult in (1, *channel_mult)]
@@ -54,7 +59,7 @@ class VQGANEncoder(nn.Module):
         self.down = nn.ModuleList(
             _level(widths[i], widths[i + 1], num_res_blocks) for i in range(len(channel_mult))
         )
-        self.mid = _level(widths[-1], widths[-1], num_res_blocks)
+        self.mid = _level(widths[-1], widths[-1], mid_blocks or num_res_blocks)
         self.norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 1)
 
@@ -76,11 +81,12 @@ class VQGANDecoder(nn.Module):
         hidden_channels: int = 128,
         num_res_blocks: int = 2,
         z_channels: int = 256,
+        mid_blocks: int | None = None,
     ):
         super().__init__()
         widths = [hidden_channels * mult for mult in (*channel_mult, channel_mult[-1])]
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
-        self.mid = _level(widths[-1], widths[-1], num_res_blocks)
+        self.mid = _level(widths[-1], widths[-1], mid_blocks or num_res_blocks)
         # Level 0 is the finest, as in the encoder.
         self.up = nn.ModuleList(
             _level(widths[i + 1], widths[i], num_res_blocks) for i in range(len(channel_mult))
@@ -112,9 +118,10 @@ class MaskGITVQGAN(Tokenizer, ModelMixin, ConfigMixin):
         image_size: side of the square pictures in pixels.
         channel_mult: width of each level, from the finest, in units of ``hidden_channels``; each
             level after the first halves the side.
-        num_res_blocks: of each level and of the middle, in encoder and decoder alike.
+        num_res_blocks: of each level, in encoder and decoder alike.
         z_channels: width of a code.
         codebook_size: number of ids.
+        mid_blocks: residual blocks of the middle; default as many as a level has.
     """
 
     ordered = False
@@ -129,6 +136,7 @@ class MaskGITVQGAN(Tokenizer, ModelMixin, ConfigMixin):
         num_res_blocks: int = 2,
         z_channels: int = 256,
         codebook_size: int = 1024,
+        mid_blocks: int | None = None,
     ):
         super().__init__()
         self.grid, rest = divmod(image_size, 2 ** (len(channel_mult) - 1))
@@ -136,7 +144,7 @@ class MaskGITVQGAN(Tokenizer, ModelMixin, ConfigMixin):
             raise InputError(
                 f"image_size must be a multiple of {2 ** (len(channel_mult) - 1)}, got {image_size}."
             )
-        widths = (channel_mult, hidden_channels, num_res_blocks, z_channels)
+        widths = (channel_mult, hidden_channels, num_res_blocks, z_channels, mid_blocks)
         self.encoder = VQGANEncoder(*widths)
         self.decoder = VQGANDecoder(*widths)
         self.quantizer = VectorQuantizer(codebook_size, z_channels)

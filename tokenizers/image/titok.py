@@ -78,11 +78,14 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.ln_post = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, rows: slice) -> Tensor:
-        """Tokens after `ln_pre` ``[B, S, D]`` -> ``[B, R, D]``; the last block computes no others."""
+    def forward(self, x: Tensor, rows: slice, mask: Tensor | None = None) -> Tensor:
+        """Tokens after `ln_pre` ``[B, S, D]`` -> ``[B, R, D]``; the last block computes no others.
+
+        A mask hides keys, the same ones from every query: ``[B, 1, 1, S]``.
+        """
         for block in self.blocks[:-1]:
-            x = block(x)
-        return self.ln_post(self.blocks[-1](x, rows))
+            x = block(x, mask=mask)
+        return self.ln_post(self.blocks[-1](x, rows, mask))
 
     def _init_tokens(self) -> None:
         for parameter in self.parameters(recurse=False):

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...modalities.errors import InputError
 from ..linear import linear
 
-SOURCE_TILE, TARGET_TILE = 256, 512
+SOURCE_TILE, TARGET_TILE = 256, 1024
 
 
 def check_metric(metric: Tensor, name: str = "metric") -> None:
@@ -117,7 +117,7 @@ def take_unit(x: Tensor, index: Tensor) -> Tensor:
     start = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
     rows = x.reshape(-1, x.shape[2]).index_select(0, (index + start).flatten())
     rows = rows.to(torch.promote_types(x.dtype, torch.float32))
-    return rows.div_(length(rows)).view(*index.shape, -1)
+    return rows.div_(length(rows)).view(*index.shape, x.shape[2])
 
 
 @torch.library.custom_op("tessera::similarity_energy", mutates_args=())

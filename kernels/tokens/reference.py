@@ -32,6 +32,8 @@ def best_match(
     if valid is not None:
         seen = valid.gather(1, sources)[:, :, None] & valid.gather(1, targets)[:, None]
         scores = scores.masked_fill(~seen, -torch.inf)
+    if not scores.shape[2]:
+        return scores.new_full(sources.shape, -torch.inf), torch.zeros_like(sources)
     best = scores.max(dim=2).values
     index = torch.arange(scores.shape[2], device=scores.device)
     first = torch.where(scores == best[..., None], index, scores.shape[2]).min(dim=2).values

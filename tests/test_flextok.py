@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -9,8 +13,10 @@ from safetensors.torch import save_file
 from tessera.modalities.errors import InputError
 from tessera.tokenizers.image.flextok import FlexTok
 from tessera.tokenizers.quantizers.fsq import FSQ
+from tessera.weights import loading
 from tessera.weights.convert.flextok import convert_state_dict, read_config
 from tessera.weights.loading import load_strict, read_header
+from tessera.weights.registry import model_info
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +256,21 @@ def test_published_configuration_is_read_as_tree_and_as_header(tmp_path):
     header = {name: str(value) for name, value in TREE.items()}
     save_file({"x": torch.zeros(1)}, tmp_path / "m.safetensors", {"format": "pt", **header})
     assert read_config(read_header(tmp_path / "m.safetensors")) == READ
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_the_files_own_configuration_beats_the_registry(tmp_path, monkeypatch, as_file):
+    weights = tmp_path / "model.safetensors"
+    state = FlexTok(**SMALL | READ).state_dict()
+    save_file(state, weights, None if as_file else {name: str(v) for name, v in TREE.items()})
+    if as_file:
+        (tmp_path / "config.json").write_text(json.dumps(TREE))
+    renaming = SimpleNamespace(convert_state_dict=lambda s, _: s, read_config=read_config)
+    monkeypatch.setattr(loading, "converter", lambda _: renaming)
+    info = replace(model_info("flextok-d12-d12"), config=SMALL)
+    model = loading.load_published(info, loading.find_files(info, tmp_path))
+    assert model.config.max_timestep == 1.0 and model.config.encoder_dim == 64
+    assert model.config.num_inference_steps == 2
 
 
 @pytest.mark.parametrize(

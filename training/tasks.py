@@ -24,7 +24,9 @@ from ..modalities.errors import InputError
 from ..modalities.image import fit_image, image_grid, save_image, to_pil, to_tensor
 from ..modalities.token_shards import TokenShards, is_token_folder
 from ..tokenizers.image.flextok import FlexTok
+from ..tokenizers.image.titok import TiTok
 from .captions import open_captions
+from .losses import AdversarialLoss, PatchDiscriminator, TokenizerLoss, perceptual_losses
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -40,6 +42,11 @@ class Task(ABC):
     def __init__(self, recipe: dict[str, Any], device: torch.device):
         self.recipe = recipe
         self.device = device
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The parts of the model whose gradients are clipped apart; the first one's norm is logged."""
+        return [self.model]
 
     @abstractmethod
     def batch(
@@ -279,6 +286,56 @@ class FlexTokDecoderTask(FlexTokTask):
         return {**batch, "ids": self.ids[picked]}
 
 
+class TiTokTask(Task):
+    """Single-stage TiTok, discrete or continuous, from pictures."""
+
+    def __init__(self, recipe: dict[str, Any], device: torch.device):
+        super().__init__(recipe, device)
+        _, self.pictures = load_pictures(recipe["data"], recipe["image_size"])
+        loss = recipe["loss"]
+        options = {"image_size": recipe["image_size"], "two_stage": False, **recipe["model"]}
+        self.tokenizer = build(TiTok, **options)
+        self.tokenizer.init_weights()
+        adversarial = None
+        if loss["weights"]["gan"] > 0:
+            discriminator = build(PatchDiscriminator, **recipe["discriminator"])
+            adversarial = AdversarialLoss(discriminator, loss["lecam"])
+        self.model = TokenizerLoss(
+            self.tokenizer,
+            loss["weights"],
+            perceptual_losses(recipe["image_size"], device=device, **recipe["perceptual"]),
+            adversarial,
+            loss["gan_start"],
+        )
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        adversarial = self.model.adversarial
+        return [self.tokenizer] if adversarial is None else [self.tokenizer, adversarial]
+
+    def batch(
+        self, index: int, size: int, generator: torch.Generator, rows: slice
+    ) -> dict[str, Any]:
+        picked = shuffled_index(index, size, len(self.pictures), self.recipe["seed"])
+        images = jitter(from_uint8(self.pictures[picked]), generator)[rows]
+        noise = None
+        if self.tokenizer.latent_dim is not None:
+            shape = (size, self.tokenizer.num_tokens, self.tokenizer.latent_dim)
+            noise = torch.randn(shape, generator=generator)[rows]
+        step = index // self.recipe["training"]["gradient_accumulation"]
+        return {"images": images, "noise": noise, "step": step}
+
+    @torch.no_grad()
+    def sample(self, path: Path) -> None:
+        """Pictures, and below them what their tokens decode to."""
+        images = from_uint8(spread(self.pictures, 16)).to(self.device)
+        decoded = self.tokenizer.decode(self.tokenizer.encode(images))
+        save_grid(to_pil(images) + to_pil(decoded), len(images), path)
+
+    def export(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+
+
 class CLIPTask(Task):
     """The text tower that conditions, and the verifier."""
 
@@ -456,6 +513,7 @@ TASKS: dict[str, type[Task]] = {
     "autoencoder": AutoencoderTask,
     "flextok": FlexTokTask,
     "flextok_decoder": FlexTokDecoderTask,
+    "titok": TiTokTask,
     "clip": CLIPTask,
     "flexar": FlexARTask,
 }

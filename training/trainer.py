@@ -132,7 +132,10 @@ def train(recipe: dict[str, Any], resume: bool = False) -> Path:
                     accelerator.backward(loss)
                 for key, value in {"loss": loss, **parts}.items():
                     metrics[key] = metrics.get(key, 0.0) + value.detach() / accumulation
-            norm = accelerator.clip_grad_norm_(model.parameters(), settings["clip"])
+            norm, *_ = [
+                accelerator.clip_grad_norm_(network.parameters(), settings["clip"])
+                for network in task.networks
+            ]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             ema.step(model.parameters())

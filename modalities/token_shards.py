@@ -75,7 +75,9 @@ def _small(tokens: Tensor) -> np.ndarray:
     array = tokens.cpu().numpy()
     if array.dtype.kind == "f":
         return array.astype(np.float32)
-    return array.astype(np.uint16 if array.size == 0 or array.max() < 2**16 else np.int32)
+    # Adaptive tokenizers write -1 for no token.
+    small = array.size == 0 or (array.min() >= 0 and array.max() < 2**16)
+    return array.astype(np.uint16 if small else np.int32)
 
 
 class TokenShards:

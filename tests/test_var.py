@@ -15,7 +15,7 @@ from tessera.tokenizers.image.var_vqvae import MultiScaleVQVAE
 from tessera.tokenizers.quantizers.residual import MultiScaleResidualVQ
 from tessera.weights.convert import var, var_vqvae
 from tessera.weights.loading import load_strict
-from tessera.weights.registry import list_models, model_info
+from tessera.weights.registry import find_model, list_models, model_info
 
 SCALES = (1, 2, 3, 4)
 
@@ -343,3 +343,8 @@ def test_published_generators(name):
     assert model.config.heads * 64 == model.config.dim == model.config.depth * 64
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     assert abs(parameters / info.parameters - 1) < 0.01, parameters
+
+
+def test_one_repository_holds_tokenizer_and_generators():
+    assert find_model("FoundationVision/var").task == "class-to-image"
+    assert find_model("FoundationVision/var", "-tokenizer").name == "var-vqvae-256"

@@ -42,7 +42,7 @@ class AutoTokenizer:
             InputError: no such tokenizer, no network, or files that are damaged or of another model.
         """
         text = str(name)
-        info = find_model(text)
+        info = find_model(text, "-tokenizer")
         if Path(text).is_dir() and (info is None or not info.shipped) and files is None:
             return _from_folder(Path(text), options)
         if info is None:

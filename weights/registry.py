@@ -150,13 +150,19 @@ def list_models(
     ]
 
 
-def find_model(name: str) -> ModelInfo | None:
-    """The row with that name or hub id (upper or lower case), if there is one."""
+def find_model(name: str, kind: str = "") -> ModelInfo | None:
+    """The row with that name or hub id (upper or lower case), if there is one.
+
+    Args:
+        kind: of several models in one repository, one whose task ends so comes first ("-tokenizer").
+    """
     wanted = str(name).lower()
     models = _models()
     if wanted in models:
         return models[wanted]
-    return next((i for i in models.values() if (i.hub_id or "").lower() == wanted), None)
+    rows = [info for info in models.values() if (info.hub_id or "").lower() == wanted]
+    rows.sort(key=lambda info: not info.task.endswith(kind))
+    return rows[0] if rows else None
 
 
 def model_info(name: str) -> ModelInfo:

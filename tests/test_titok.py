@@ -238,6 +238,7 @@ def test_wrong_text_is_refused():
     [
         ("vq", {"quantize_mode": "fsq"}, 'must be "vq" or "vae", got "fsq"'),
         ("vq", {"patch_size": 7}, "image_size 32 must be a multiple of patch_size 7"),
+        ("vq", {"quantizer_options": {"emma": True}}, "quantizer_options do not fit.*emma"),
         ("vqgan", {"image_size": 36}, "multiple of 8, got 36"),
     ],
 )

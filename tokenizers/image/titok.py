@@ -213,9 +213,11 @@ class TiTokBase(Tokenizer, ModelMixin, ConfigMixin):
         self.grid = c.image_size // c.patch_size
         self.quantizer = None
         if c.quantize_mode == "vq":
-            self.quantizer = VectorQuantizer(
-                c.codebook_size, c.token_size, c.use_l2_norm, **(c.quantizer_options or {})
-            )
+            options = {"l2_norm": c.use_l2_norm, **(c.quantizer_options or {})}
+            try:
+                self.quantizer = VectorQuantizer(c.codebook_size, c.token_size, **options)
+            except TypeError as error:
+                raise InputError(f"quantizer_options do not fit: {error}.") from error
         self.encoder = Encoder(
             self.grid,
             c.patch_size,

@@ -137,9 +137,9 @@ class WindowAttention(_QKV):
             raise InputError("Window attention needs grid=(t, h, w).")
         if state is not None or return_state:
             raise InputError("Window attention takes and returns no state.")
-        q, k, v = self.project(x, _grid_angles(tuple(grid), self.head_dim, x.device))
+        q, k, v = self.project(x, grid_angles(tuple(grid), self.head_dim, x.device))
         y = torch.empty_like(v)
-        for places, missing in _windows(tuple(grid), self.window, self.shifted, x.device):
+        for places, missing, kept in windows_of(tuple(grid), self.window, self.shifted, x.device):
             windows, size = places.shape
             # [B, windows, heads, tokens, head_dim]; tokens that are missing are masked as keys.
             parts = [
@@ -153,11 +153,10 @@ class WindowAttention(_QKV):
                 # A missing query sees everything: a row that sees nothing has no gradient.
                 mask = same if mask is None else mask & same | missing[:, None, :, None]
             out = F.scaled_dot_product_attention(*parts, attn_mask=mask).transpose(2, 3)
-            if missing is None:
-                y = y.index_copy(1, places.flatten(), out.flatten(1, 2))
-            else:
-                kept = ~missing
-                y = y.index_copy(1, places[kept], out[:, kept])
+            places, out = places.flatten(), out.flatten(1, 2)
+            if kept is not None:
+                places, out = places[kept], out[:, kept]
+            y = y.index_copy(1, places, out)
         return self.proj(y.flatten(2))
 
     def flops(self, tokens: int) -> int:
@@ -167,9 +166,14 @@ class WindowAttention(_QKV):
         )
 
 
+@torch.compiler.assume_constant_result
+def grid_angles(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
+    """Rotary angles ``[t h w, head_dim / 2]``: axes share the head 2 : 3 : 3."""
+    return _grid_angles(grid, head_dim, device)
+
+
 @lru_cache(maxsize=64)
 def _grid_angles(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
-    """Rotary angles ``[t h w, head_dim / 2]``: axes share the head 2 : 3 : 3."""
     sizes = [head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8]
     axes = torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij")
     return torch.cat(
@@ -177,14 +181,24 @@ def _grid_angles(grid: tuple[int, int, int], head_dim: int, device: torch.device
     )
 
 
-@lru_cache(maxsize=64)
-def _windows(
+@torch.compiler.assume_constant_result
+def windows_of(
     grid: tuple[int, int, int], window: tuple[int, int, int], shifted: bool, device: torch.device
-) -> list[tuple[Tensor, Tensor | None]]:
-    """Windows of a grid: places ``[n, tokens]`` of the whole ones, then places of the cut ones.
+) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
+    """Windows of a grid, the whole ones and then those that its border cuts.
 
-    Cut windows are filled up with place 0 and come with the mask of what is missing.
+    Returns:
+        Rows of places int64 ``[n, tokens]``, what is missing of them bool ``[n, tokens]`` (filled
+        up with place 0), and indices of the others in the flattened places; None where nothing
+        is missing.
     """
+    return _windows_of(grid, window, shifted, device)
+
+
+@lru_cache(maxsize=64)
+def _windows_of(
+    grid: tuple[int, int, int], window: tuple[int, int, int], shifted: bool, device: torch.device
+) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
     spans = []
     for size, width in zip(grid, window, strict=True):
         width = min(size, width)
@@ -197,11 +211,12 @@ def _windows(
         for span in product(*spans)
     ]
     size = max(len(places) for places in found)
-    whole = [places for places in found if len(places) == size]
-    groups = [(torch.stack(whole).to(device), None)]
+    whole = torch.stack([places for places in found if len(places) == size])
+    groups = [(whole.to(device), None, None)]
     cut = [places for places in found if len(places) < size]
     if cut:
         missing = torch.stack([torch.arange(size) >= len(places) for places in cut])
         filled = torch.stack([F.pad(places, (0, size - len(places))) for places in cut])
-        groups.append((filled.to(device), missing.to(device)))
+        kept = (~missing).flatten().nonzero()[:, 0]
+        groups.append((filled.to(device), missing.to(device), kept.to(device)))
     return groups

@@ -63,7 +63,7 @@ class MATE(TokenMixer):
             return None, None
         pooled = F.avg_pool3d(
             x.transpose(1, 2).unflatten(2, grid),
-            self.review_window,
+            tuple(map(min, self.review_window, grid)),
             ceil_mode=True,
             count_include_pad=False,
         )

@@ -121,8 +121,13 @@ def linear_flops(*layers: nn.Module) -> int:
     return sum(2 * layer.weight.numel() for layer in layers)
 
 
-@lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result
 def _scan_order(order: str, grid: tuple[int, int, int], device: torch.device) -> Tensor:
+    return _cached_scan_order(order, grid, device)
+
+
+@lru_cache(maxsize=64)
+def _cached_scan_order(order: str, grid: tuple[int, int, int], device: torch.device) -> Tensor:
     places = torch.arange(grid[0] * grid[1] * grid[2], device=device).view(grid)
     return places.permute(["thw".index(axis) for axis in order]).flatten()
 

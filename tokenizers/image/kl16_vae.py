@@ -102,19 +102,19 @@ class KL16VAE(Tokenizer, ModelMixin, ConfigMixin):
     def encode_latents(
         self,
         images: Tensor,
-        generators: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> Tensor:
         """Pictures ``[B, 3, H, W]`` in [-1, 1] -> scaled latents ``[B, latent_dim, h, w]``.
 
-        The mean of the posterior, or a sample of it where there are generators (one, or one an item);
+        The mean of the posterior, or a sample of it where there is a generator (one, or one an item);
         the published generators are trained on samples.
         """
         posterior = self.posterior(images)
-        if generators is None:
+        if generator is None:
             return posterior.mode() * self.config.scaling_factor
-        if isinstance(generators, Sequence):
-            generators = list(generators)
-        return posterior.sample(generators) * self.config.scaling_factor
+        if isinstance(generator, Sequence):
+            generator = list(generator)
+        return posterior.sample(generator) * self.config.scaling_factor
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents ``[B, latent_dim, h, w]`` -> pictures ``[B, 3, H, W]``, not clamped."""
@@ -125,7 +125,7 @@ class KL16VAE(Tokenizer, ModelMixin, ConfigMixin):
     def encode(
         self,
         images: Tensor,
-        generators: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
     ) -> Tensor:
         """Pictures ``[B, 3, image_size, image_size]`` in [-1, 1] -> float ``[B, num_tokens, latent_dim]``.
 
@@ -133,7 +133,7 @@ class KL16VAE(Tokenizer, ModelMixin, ConfigMixin):
             InputError: pictures of another size.
         """
         self.check_images(images)
-        return self.encode_latents(images, generators).flatten(2).transpose(1, 2)
+        return self.encode_latents(images, generator).flatten(2).transpose(1, 2)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

@@ -182,7 +182,9 @@ def test_documents_do_not_see_each_other(backend, direction):
             if name != "dt"
         }
         part["dt"] = tensors["dt"].narrow(-2, start, stop - start)
-        torch.testing.assert_close(packed[:, start:stop], ssd(**part, **options))
+        torch.testing.assert_close(
+            packed[:, start:stop], ssd(**part, **options), rtol=2e-4, atol=2e-4
+        )
 
 
 @pytest.mark.parametrize("cut", [1, 63, 64, 69])

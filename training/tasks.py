@@ -27,7 +27,9 @@ from ..tokenizers.image.flextok import FlexTok
 from ..tokenizers.image.titok import TiTok
 from .captions import open_captions
 from .losses import AdversarialLoss, PatchDiscriminator, TokenizerLoss, perceptual_losses
+from .warm_start import local_components
 
+STARTS = ("random", "components")
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -192,7 +194,11 @@ class AutoencoderTask(Task):
 
 
 class FlexTokTask(Task):
-    """The ordered tokenizer, over cached latents of a frozen VAE (or over pixels)."""
+    """The ordered tokenizer, over cached latents of a frozen VAE (or over pixels).
+
+    ``start: components`` writes the encoder down (see `warm_start`) and trains the decoder under it;
+    ``start: random`` trains both.
+    """
 
     def __init__(self, recipe: dict[str, Any], device: torch.device):
         super().__init__(recipe, device)
@@ -205,6 +211,19 @@ class FlexTokTask(Task):
                 for part in self.pictures.split(64)
             ]
         )
+        self.ids = self.frozen_ids()
+
+    def frozen_ids(self) -> Tensor | None:
+        """Tokens of all pictures ``[M, N]`` where the encoder does not change."""
+        if self.recipe["start"] not in STARTS:
+            raise InputError(
+                f'Unknown start "{self.recipe["start"]}": choose from {", ".join(STARTS)}.'
+            )
+        if self.recipe["start"] == "random":
+            return None
+        local_components(self.tokenizer.cpu(), self.latents)
+        self.tokenizer.encoder.requires_grad_(False)
+        return encode_all(self.tokenizer.to(self.device), self.latents)
 
     def build(self) -> FlexTok:
         """A new tokenizer over the frozen VAE of the recipe."""
@@ -239,6 +258,7 @@ class FlexTokTask(Task):
             "t": t,
             "drop": drop,
             "num_tokens": lengths[int(choice)],
+            "ids": None if self.ids is None else self.ids[picked],
         }
 
     @torch.no_grad()
@@ -262,15 +282,6 @@ class FlexTokDecoderTask(FlexTokTask):
     The ids stay what they are, so a generator over them can be trained at the same time.
     """
 
-    def __init__(self, recipe: dict[str, Any], device: torch.device):
-        super().__init__(recipe, device)
-        self.ids = torch.cat(
-            [
-                self.tokenizer.encode_from_latents(part.to(device)).cpu()
-                for part in self.latents.split(64)
-            ]
-        )
-
     def build(self) -> FlexTok:
         tokenizer = load_frozen(FlexTok, self.recipe, "tokenizer")
         tokenizer.encoder.requires_grad_(False)
@@ -278,12 +289,8 @@ class FlexTokDecoderTask(FlexTokTask):
             tokenizer.vae.requires_grad_(False)
         return tokenizer
 
-    def batch(
-        self, index: int, size: int, generator: torch.Generator, rows: slice
-    ) -> dict[str, Any]:
-        batch = super().batch(index, size, generator, rows)
-        picked = shuffled_index(index, size, len(self.latents), self.recipe["seed"])[rows]
-        return {**batch, "ids": self.ids[picked]}
+    def frozen_ids(self) -> Tensor:
+        return encode_all(self.tokenizer, self.latents)
 
 
 class TiTokTask(Task):
@@ -473,6 +480,13 @@ class FlexARTask(Task):
 
     def export(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
+
+
+@torch.no_grad()
+def encode_all(tokenizer: FlexTok, latents: Tensor) -> Tensor:
+    """Latents ``[M, C, h, w]`` -> ids ``[M, N]``, kept on the CPU."""
+    parts = latents.split(64)
+    return torch.cat([tokenizer.encode_from_latents(p.to(tokenizer.device)).cpu() for p in parts])
 
 
 def item_weights(dataset: ImageTextDataset, groups: dict[str, float]) -> Tensor:

@@ -1,0 +1,163 @@
+"""A start for FlexTok that needs no search: local principal components as tokens.
+
+From random weights a 1D tokenizer must find at once what its registers should say and how its decoder
+should read them, which takes millions of pictures. On a laptop we begin where that search tends to
+end up: register i reads one patch of the latents and says a few of its principal components, the
+coarse ones of every patch first, spread over the picture. The encoder is a FlexTok encoder of one
+block whose weights are written down here; its ids are those of finite scalar quantization of
+whitened components (Karhunen 1947, Loeve 1948). The decoder starts random except that half of its
+heads look at the registers of their own patch; it is then trained as always.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..modalities.errors import InputError
+from ..tokenizers.image.flextok import FlexTok, PatchEmbed, norm
+
+# Spread of a whitened component before the quantizer's tanh; about the least error for 8 levels.
+SPREAD = 0.6
+# Content is small beside the position in a token, so that layer norm hardly scales it.
+CONTENT = 0.1
+
+
+def patch_order(grid: int) -> Tensor:
+    """Patches ``[grid * grid]`` in bit-reversed Z-order: every prefix is spread over the picture."""
+    bits = (grid - 1).bit_length()
+
+    def rank(patch: int) -> int:
+        row, column = divmod(patch, grid)
+        places = [(row >> b & 1, column >> b & 1) for b in range(bits)]
+        return int("".join(f"{r ^ c}{r}" for r, c in places), 2)
+
+    return torch.tensor(sorted(range(grid * grid), key=rank))
+
+
+def patch_vectors(embed: PatchEmbed, latents: Tensor) -> Tensor:
+    """Latents ``[B, C, h, w]`` -> ``[B, patches, p p C]`` in the order that the layer reads."""
+    p = embed.patch_size
+    return (
+        latents.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+    )
+
+
+def place_reader(table: Tensor) -> Tensor:
+    """Map ``[2 grid, D]`` from a normalised token to its row and column, centred one-hot each.
+
+    Args:
+        table: positions ``[grid, grid, D]``.
+    """
+    grid = len(table)
+    eye = torch.eye(grid) - 1 / grid
+    rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    wanted = torch.cat([eye[rows.flatten()], eye[columns.flatten()]], dim=1)
+    return wanted.T @ torch.linalg.pinv(norm(table.flatten(0, 1)).T, rtol=1e-4)
+
+
+def free_directions(table: Tensor, count: int) -> Tensor:
+    """Orthonormal ``[count, D]``, orthogonal to every position and to the mean of a token."""
+    dim = table.shape[-1]
+    taken = torch.cat([table.flatten(0, 1), torch.ones(1, dim)])
+    _, values, directions = torch.linalg.svd(taken)
+    rank = int((values > 1e-4 * values[0]).sum())
+    return directions[rank : rank + count]
+
+
+def look_at_own_place(qkv: Tensor, reader: Tensor, head_dim: int, heads: int) -> None:
+    """Set queries and keys ``[3 D, D]`` of the first heads to the place: tokens of one place meet."""
+    dim = len(qkv) // 3
+    basis = torch.linalg.qr(torch.cat([torch.ones(head_dim, 1), torch.randn(head_dim, 16)], 1))[0]
+    projection = basis[:, 1 : 1 + len(reader)] @ reader
+    for head in range(heads):
+        rows = slice(head * head_dim, (head + 1) * head_dim)
+        qkv[rows] = projection
+        qkv[dim:][rows] = projection
+
+
+@torch.no_grad()
+def local_components(tokenizer: FlexTok, latents: Tensor) -> None:
+    """Write the encoder and the decoder's routing, in place.
+
+    Args:
+        latents: ``[M, C, h, w]`` of the training pictures (all, or some thousands).
+
+    Raises:
+        InputError: a tokenizer of another form: one encoder block, registers a multiple of the
+            patches, and no more components than a patch has values or a head has dimensions.
+    """
+    config, encoder, decoder = tokenizer.config, tokenizer.encoder, tokenizer.decoder
+    grid = config.latent_size // config.patch_size
+    patches, code_dim = grid * grid, tokenizer.quantizer.dim
+    levels, rest = divmod(config.num_registers, patches)
+    components, size = levels * code_dim, encoder.patch_embed.proj.in_features
+    if (
+        len(encoder.blocks) != 1
+        or rest
+        or components > min(size, config.head_dim)
+        or grid != encoder.patch_embed.positions.shape[0]
+        or 2 * grid > 16
+    ):
+        raise InputError(
+            "start: components needs encoder_depth 1, max_grid = latent_size / patch_size up to 8, "
+            "num_registers a multiple of the patches, and at most as many components a patch as it "
+            f"has values; got {config.num_registers} registers for {patches} patches of {size} values."
+        )
+    table = encoder.patch_embed.positions
+    order = patch_order(grid)
+    place = order.repeat(levels)
+    level = torch.arange(levels).repeat_interleave(patches)
+
+    vectors = patch_vectors(encoder.patch_embed, latents).flatten(0, 1)
+    mean = vectors.mean(0)
+    values, basis = torch.linalg.eigh((vectors - mean).T @ (vectors - mean) / len(vectors))
+    whiten = basis.flip(1)[:, :components] / values.flip(0)[:components].sqrt()
+
+    free = free_directions(table, components + levels + code_dim)
+    content, rank, code = free.split([components, levels, code_dim])
+    block = encoder.blocks[0]
+    for parameter in (*encoder.patch_embed.proj.parameters(), *block.parameters()):
+        parameter.zero_()
+    encoder.patch_embed.proj.weight.copy_(CONTENT * content.T @ whiten.T)
+    encoder.patch_embed.proj.bias.copy_(-CONTENT * content.T @ (whiten.T @ mean))
+    encoder.registers.copy_(table.flatten(0, 1)[place] + 4 * rank[level])
+
+    # Attention: a register takes the content of its patch.
+    reader = place_reader(table)
+    look_at_own_place(block.attn.qkv.weight, reader, config.head_dim, 1)
+    dim = config.encoder_dim
+    block.attn.qkv.weight[2 * dim : 2 * dim + components] = content
+    block.attn.proj.weight[:, :components] = content.T
+    # Gated MLP: the level opens the gates of its components, which go on to the code's directions.
+    hidden = block.mlp.fc2.in_features
+    gates, inputs = block.mlp.fc1_fc3.weight.split(hidden)
+    for index in range(components):
+        gates[index] = rank[index // code_dim]
+        inputs[index] = content[index]
+        block.mlp.fc2.weight[:, index] = code[index % code_dim]
+    encoder.proj.weight.copy_(code)
+    encoder.proj.bias.zero_()
+
+    # How much arrives depends a little on the level: measured, and set to the wanted spread.
+    sample = latents[:: max(1, len(latents) // 2048)]
+    spread = encoder(sample, config.num_registers).unflatten(1, (levels, patches)).std((0, 2))
+    block.mlp.fc2.weight[:, :components] *= 0.01 / spread.flatten()
+    encoder.proj.weight.mul_(SPREAD / 0.01)
+
+    # The decoder: registers know their place and level; half of the heads meet at the place.
+    table = decoder.patch_embed.positions
+    free = free_directions(table, config.decoder_dim)
+    kept = free.T @ free
+    for linear in (decoder.patch_embed.proj, decoder.from_codes):
+        linear.weight.copy_(kept @ linear.weight)
+    decoder.from_codes.weight.mul_(3)
+    named = F.normalize(torch.randn(levels, config.decoder_dim) @ kept, dim=1)
+    decoder.register_positions.copy_(table.flatten(0, 1)[place] + 8 * named[level])
+    reader = place_reader(table)
+    heads = config.decoder_dim // config.head_dim
+    for block in decoder.blocks:
+        look_at_own_place(block.attn.qkv.weight, reader, config.head_dim, heads // 2)
+        # Gates a little open from the start, so that the codes are read at once.
+        block.adaln.bias.unflatten(0, (2, 6, -1))[:, :2] = 0.3

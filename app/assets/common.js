@@ -1,0 +1,131 @@
+// Shared by the components; each gets this text in front of its own.
+
+function make(tag, className, text) {
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  if (text !== undefined) node.textContent = text;
+  return node;
+}
+
+function fileUrl(path) {
+  const root = (window.gradio_config && window.gradio_config.root) || "";
+  return `${root}/gradio_api/file=${path.split("/").map(encodeURIComponent).join("/")}`;
+}
+
+function setText(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+// Neighbouring ids get far apart hues (golden angle).
+function tokenColour(id) {
+  return `hsl(${(id * 137.508) % 360} 58% ${50 + ((id * 7) % 5) * 4}%)`;
+}
+
+// Tokens as a square mosaic that fills while they arrive.
+function drawMosaic(canvas, tokens, total) {
+  const side = Math.ceil(Math.sqrt(Math.max(total, 1)));
+  canvas.width = canvas.height = side * 10;
+  const context = canvas.getContext("2d");
+  context.clearRect(0, 0, canvas.width, canvas.height);
+  tokens.forEach((id, i) => {
+    context.fillStyle = tokenColour(id);
+    context.fillRect((i % side) * 10, Math.floor(i / side) * 10, 9, 9);
+  });
+}
+
+// A picture at every prefix of its tokens: strip, slider, playback. No request per move.
+class TokenView {
+  constructor() {
+    this.node = make("div", "ts-view");
+    this.picture = make("div", "ts-view-picture ts-card");
+    this.picture.setAttribute("role", "img");
+    const side = make("div", "ts-view-side");
+    this.title = make("div", "ts-view-title");
+    this.strip = make("div", "ts-strip");
+    this.strip.setAttribute("aria-hidden", "true");
+    this.slider = make("input", "ts-slider");
+    Object.assign(this.slider, { type: "range", min: 1, step: 1 });
+    this.slider.setAttribute("aria-label", "Number of tokens");
+    this.label = make("output", "ts-view-label");
+    this.play = make("button", "ts-button ts-play", "Play");
+    this.play.type = "button";
+    this.extra = make("div", "ts-actions");
+    const row = make("div", "ts-view-row");
+    row.append(this.play, this.label);
+    side.append(this.title, this.strip, this.slider, row, this.extra);
+    this.node.append(this.picture, side);
+    this.slider.addEventListener("input", () => {
+      this.halt();
+      this.draw();
+    });
+    this.strip.addEventListener("click", (event) => {
+      const index = [...this.strip.children].indexOf(event.target);
+      if (index < 0) return;
+      this.halt();
+      this.slider.value = index + 1;
+      this.draw();
+    });
+    this.play.addEventListener("click", () => (this.timer ? this.halt() : this.start()));
+  }
+
+  // data: {sheet, lengths, tokens, count, alt, caption(index) -> text}
+  show(data) {
+    const key = JSON.stringify([data.sheet, data.tokens, data.lengths]);
+    this.data = data;
+    if (key === this.key) return;
+    this.key = key;
+    this.halt();
+    this.slider.max = data.count;
+    this.slider.value = data.count;
+    this.strip.replaceChildren(
+      ...data.tokens.map((id, i) => {
+        const cell = make("i");
+        cell.style.background = tokenColour(id);
+        cell.title = `token ${i + 1}: ${id}`;
+        return cell;
+      })
+    );
+    const sliding = data.lengths.length > 1;
+    this.slider.hidden = this.play.hidden = !sliding;
+    this.picture.style.backgroundImage = `url("${fileUrl(data.sheet)}")`;
+    this.picture.style.backgroundSize = `100% ${100 * data.lengths.length}%`;
+    this.draw();
+  }
+
+  draw() {
+    const { lengths, tokens, count, alt, caption } = this.data;
+    const wanted = Number(this.slider.value);
+    let index = 0;
+    while (index + 1 < lengths.length && lengths[index + 1] <= wanted) index += 1;
+    const last = Math.max(lengths.length - 1, 1);
+    this.picture.style.backgroundPosition = `0 ${(100 * index) / last}%`;
+    this.picture.dataset.length = lengths[index];
+    this.picture.setAttribute("aria-label", `${alt}, from ${lengths[index]} of ${count} tokens`);
+    const shown = lengths[index] === wanted ? "" : ` (picture at ${lengths[index]})`;
+    const text = `${wanted} of ${count} tokens${shown}`;
+    setText(this.label, caption ? `${text} · ${caption(index)}` : text);
+    this.slider.setAttribute("aria-valuetext", text);
+    this.slider.style.setProperty("--part", `${(100 * (wanted - 1)) / Math.max(count - 1, 1)}%`);
+    [...this.strip.children].forEach((cell, i) => cell.classList.toggle("off", i >= wanted));
+  }
+
+  start() {
+    const { lengths } = this.data;
+    let index = -1;
+    let rest = 0;
+    setText(this.play, "Pause");
+    this.timer = setInterval(() => {
+      if (rest > 0) return void (rest -= 1);
+      index = (index + 1) % lengths.length;
+      if (index === lengths.length - 1) rest = 8; // The whole picture stays for a second.
+      this.slider.value = lengths[index];
+      this.draw();
+    }, 125);
+  }
+
+  halt() {
+    clearInterval(this.timer);
+    this.timer = null;
+    setText(this.play, "Play");
+  }
+}

@@ -1,0 +1,77 @@
+"""The web app over the tiny pipeline, for tests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tessera.app.main import build, serve
+from tessera.app.studio import Studio
+from tessera.tests.tiny import tiny_pipeline
+
+
+@dataclass
+class Server:
+    """A running app.
+
+    Attributes:
+        hold_at: generation waits after this token until it is None or the job is stopped.
+    """
+
+    studio: Studio
+    url: str = ""
+    hold_at: int | None = None
+
+    @property
+    def pictures(self) -> list[Path]:
+        return sorted(self.studio.folder.glob("????-??-??/*.png"))
+
+
+def tiny_model(folder: Path) -> Path:
+    """A saved tiny pipeline."""
+    if not folder.exists():
+        tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+def held(server: Server) -> None:
+    """Let the pipeline stop at ``server.hold_at``."""
+    pipeline = server.studio.wait()
+    inner = pipeline.stream
+
+    def stream(*arguments, **options):
+        for partial in inner(*arguments, **options):
+            yield partial
+            while partial.step == server.hold_at and not any(
+                job.cancel.is_set() for job in server.studio.jobs._jobs if job.state == "running"
+            ):
+                time.sleep(0.02)
+
+    pipeline.stream = stream
+
+
+@contextmanager
+def running_app(folder: Path) -> Iterator[Server]:
+    """Serve the app on a free port; uploads up to 1 MB."""
+    studio = Studio(str(tiny_model(folder / "tiny")), folder / "outputs")
+    studio.start()
+    server = Server(studio)
+    held(server)
+    demo = build(studio)
+    try:
+        _, server.url, _ = serve(
+            demo,
+            studio,
+            server_name="127.0.0.1",
+            prevent_thread_lock=True,
+            quiet=True,
+            max_file_size="1mb",
+        )
+        yield server
+    finally:
+        server.hold_at = None
+        demo.close()
+        studio.close()

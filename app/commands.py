@@ -137,6 +137,26 @@ def train(
 
 
 @cli.command()
+def tokenize(
+    data: Annotated[str, typer.Argument(help="A folder of pictures, shards, or a sticker pack.")],
+    out: Annotated[Path, typer.Argument(help="The folder of token shards to make or go on with.")],
+    tokenizer: Annotated[str, typer.Option(help="Name or folder of a tokenizer.")] = DEFAULT_MODEL,
+    batch_size: Annotated[int, typer.Option(help="Pictures encoded together.")] = 8,
+    shard_size: Annotated[int, typer.Option(help="Pictures a shard.")] = 1000,
+) -> None:
+    """Write the tokens of all pictures as WebDataset shards, for training.
+
+    Started again with the same arguments it goes on where it stopped. Several processes:
+    torchrun --nproc-per-node 2 -m tessera tokenize DATA OUT.
+    """
+    from ..training.tokenize import tokenize_dataset
+
+    tokenize_dataset(data, out, tokenizer, batch_size, shard_size)
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(out)
+
+
+@cli.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Name or folder of a pipeline or a tokenizer.")],
     data: Annotated[

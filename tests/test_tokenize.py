@@ -10,7 +10,9 @@ import tarfile
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from tessera.app.commands import cli
 from tessera.modalities.datasets import open_dataset
 from tessera.modalities.errors import InputError
 from tessera.modalities.image import fit_image, to_tensor
@@ -140,3 +142,13 @@ def test_training_reads_shards(parts, tmp_path):
     (out / "tokens.json").write_text(json.dumps({**index, "vocab_size": 99}), encoding="utf8")
     with pytest.raises(InputError, match="have vocab_size 99, the tokenizer 512"):
         FlexARTask(load_recipe("sticker-generator", overrides), torch.device("cpu"))
+
+
+def test_the_command_line_writes_shards_and_refuses_bad_folders(parts, tmp_path):
+    runner = CliRunner()
+    arguments = ["tokenize", str(parts / "pack"), str(tmp_path / "tokens")]
+    done = runner.invoke(cli, [*arguments, "--tokenizer", str(parts / "tokenizer")])
+    assert done.exit_code == 0 and done.stdout.strip() == str(tmp_path / "tokens")
+    assert len(TokenShards(tmp_path / "tokens")) == 38
+    missing = runner.invoke(cli, ["tokenize", "no-such-folder", str(tmp_path / "other")])
+    assert missing.exit_code == 2 and not (tmp_path / "other").exists()

@@ -40,6 +40,7 @@ COMMON = {
     "training.sample_every": 4,
 }
 FLEXTOK = {
+    "start": "random",
     "image_size": 32,
     "model.num_registers": 16,
     "model.encoder_dim": 64,
@@ -78,6 +79,10 @@ def recipe_of(parts, tmp_path):
     def make(kind: str, output: str = "run", **overrides):
         name, settings = {
             "flextok": ("sticker-tokenizer", FLEXTOK | {"vae": parts / "vae"}),
+            "flextok under components": (
+                "sticker-tokenizer",
+                FLEXTOK | {"vae": parts / "vae", "start": "components"},
+            ),
             "flexar": (
                 "sticker-generator",
                 FLEXAR | {"tokenizer": parts / "tokenizer", "clip": parts / "clip"},
@@ -212,6 +217,7 @@ def test_unknown_recipe_lists_the_known_ones():
         ({"training.batch_size": 0}, "training.batch_size must be at least 1, got 0"),
         ({"training.precision": "fp8"}, 'Unknown training.precision "fp8"'),
         ({"task": "gan"}, 'Unknown task "gan"'),
+        ({"start": "magic"}, 'Unknown start "magic": choose from random, components'),
         ({"data.root": "nowhere/stickers"}, 'no pictures at "nowhere/stickers": set data.root'),
         (
             {"vae": "no/where/model"},
@@ -322,7 +328,14 @@ def test_a_run_leaves_its_files(recipe_of, tmp_path):
     )
 
 
-@pytest.mark.parametrize(("task", "kind"), [("flextok", FlexTokTask), ("flexar", FlexARTask)])
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [
+        ("flextok", FlexTokTask),
+        ("flextok under components", FlexTokTask),
+        ("flexar", FlexARTask),
+    ],
+)
 def test_interrupted_and_resumed_equals_uninterrupted(recipe_of, tmp_path, monkeypatch, task, kind):
     train(recipe_of(task, "whole"))
     torch.manual_seed(99)  # Whatever state a new process begins with.

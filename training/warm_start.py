@@ -28,10 +28,10 @@ def patch_order(grid: int) -> Tensor:
     """Patches ``[grid * grid]`` in bit-reversed Z-order: every prefix is spread over the picture."""
     bits = (grid - 1).bit_length()
 
-    def rank(patch: int) -> int:
+    def rank(patch: int) -> list[tuple[int, int]]:
         row, column = divmod(patch, grid)
         places = [(row >> b & 1, column >> b & 1) for b in range(bits)]
-        return int("".join(f"{r ^ c}{r}" for r, c in places), 2)
+        return [(r ^ c, r) for r, c in places]
 
     return torch.tensor(sorted(range(grid * grid), key=rank))
 

@@ -19,6 +19,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from ...kernels.linear import Linear, linear
 from ...modalities.errors import InputError
 from ..layers.mixer import State, build_mixer
 from ..sampling import check_sampling, sample
@@ -29,8 +30,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, 2 * hidden, bias=False)
-        self.fc2 = nn.Linear(hidden, dim, bias=False)
+        self.fc1 = Linear(dim, 2 * hidden, bias=False)
+        self.fc2 = Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.fc1(x).chunk(2, dim=-1)
@@ -69,7 +70,7 @@ class MambaLM(ModelMixin, ConfigMixin):
         depth: blocks.
         vocab_size: ids in use.
         vocab_multiple: the tables are padded to a multiple of it.
-        mixer: "ssd" (Mamba-2), "s6" (Mamba-1), or another causal mixer of `build_mixer`.
+        mixer: "ssd" (Mamba-2), "s6" (Mamba-1), or another causal mixer whose steps are one token.
         mixer_config: arguments of the mixer.
         mlp_hidden: hidden width of an MLP after each mixer; 0: none.
         tie_embeddings: the head is the embedding table.
@@ -94,7 +95,7 @@ class MambaLM(ModelMixin, ConfigMixin):
             Block(dim, mixer, mixer_config or {}, mlp_hidden) for _ in range(depth)
         )
         self.norm = nn.RMSNorm(dim, eps=1e-5)
-        self.head = None if tie_embeddings else nn.Linear(dim, padded, bias=False)
+        self.head = None if tie_embeddings else Linear(dim, padded, bias=False)
 
     def init_weights(self) -> None:
         """Embeddings normal 0.02, biases 0, projections into the residual scaled by depth.
@@ -144,7 +145,7 @@ class MambaLM(ModelMixin, ConfigMixin):
 
     def to_logits(self, hidden: Tensor) -> Tensor:
         """``[..., D]`` -> ``[..., padded vocabulary]``."""
-        return F.linear(hidden, (self.head or self.embedding).weight)
+        return linear(hidden, (self.head or self.embedding).weight)
 
     def forward(
         self, tokens: Tensor, seq_idx: Tensor | None = None

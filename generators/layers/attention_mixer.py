@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.linear import Linear
 from ...modalities.errors import InputError
 from .mixer import State, TokenMixer, linear_flops
 
@@ -36,8 +37,8 @@ class _QKV(TokenMixer):
                 f"Heads of {head_dim} do not divide a width of {dim} into multiples of 16."
             )
         self.head_dim = head_dim
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.proj = nn.Linear(dim, dim, bias=False)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.proj = Linear(dim, dim, bias=False)
         self.q_norm = nn.RMSNorm(head_dim, eps=1e-6)
         self.k_norm = nn.RMSNorm(head_dim, eps=1e-6)
 

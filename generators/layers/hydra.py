@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.linear import Linear, linear
 from ...kernels.ssd.ops import ssd
 from ...modalities.errors import InputError
 from .conv import scan_conv
@@ -58,7 +59,7 @@ class Hydra(TokenMixer):
         self.d_state, self.ngroups = d_state, ngroups
         self.dt_limit = tuple(dt_limit)
         width = self.inner + 4 * ngroups * d_state
-        self.in_proj = nn.Linear(dim, self.inner + width + 2 * self.heads, bias=bias)
+        self.in_proj = Linear(dim, self.inner + width + 2 * self.heads, bias=bias)
         self.conv1d = nn.Conv1d(width, width, d_conv, groups=width, bias=conv_bias)
         self.init_states = None
         if learnable_init_states:
@@ -67,9 +68,9 @@ class Hydra(TokenMixer):
         init_dt_bias_(self.dt_bias, dt_min, dt_max, dt_init_floor)
         self.A_log = nn.Parameter(torch.zeros(self.heads))
         self.D = nn.Parameter(torch.ones(self.heads))
-        self.fc_D = nn.Linear(self.inner, self.heads, bias=False)
+        self.fc_D = Linear(self.inner, self.heads, bias=False)
         self.norm = GatedRMSNorm(self.inner, norm_before_gate=True)
-        self.out_proj = nn.Linear(self.inner, dim, bias=bias)
+        self.out_proj = Linear(self.inner, dim, bias=bias)
 
     def _inputs(
         self, u: Tensor, order: Tensor | None, seq_idx: Tensor | None
@@ -140,7 +141,7 @@ class Hydra(TokenMixer):
         places = scan_order(order, grid, x.device)
         z, value, dt, B, C = self._inputs(x, places, seq_idx)
         y, _ = self._scan(value, dt, B, C, initial, places, seq_idx)
-        diagonal = F.linear(value, self.fc_D.weight, self.D)
+        diagonal = linear(value, self.fc_D.weight, self.D)
         y = y + value.unflatten(-1, (self.heads, -1)) * diagonal[..., None]
         return self.out_proj(self.norm(y.flatten(2), z))
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.linear import Linear
 from ...modalities.errors import InputError
 from .mixer import State, TokenMixer, linear_flops
 
@@ -63,8 +64,8 @@ class LaCT(TokenMixer):
         heads, hidden = dim // head_dim, int(hidden_ratio * head_dim)
         self.causal, self.granularity, self.muon = is_causal, chunk, muon
         self.head_dim = head_dim
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.rates = nn.Linear(dim, 3 * heads)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.rates = Linear(dim, 3 * heads)
         nn.init.constant_(self.rates.bias, -4.6)  # softplus of it is 0.01.
         self.w0 = nn.Parameter(torch.empty(heads, hidden, head_dim))
         self.w1 = nn.Parameter(torch.empty(heads, head_dim, hidden))
@@ -72,7 +73,7 @@ class LaCT(TokenMixer):
         for weight in (self.w0, self.w1, self.w2):
             nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
         self.norm = nn.RMSNorm(head_dim, eps=1e-5)
-        self.proj = nn.Linear(dim, dim, bias=False)
+        self.proj = Linear(dim, dim, bias=False)
 
     def _update(self, state: State, k: Tensor, v: Tensor, rates: Tensor) -> State:
         """One gradient step on ``-f(k) . v`` a token, then every row back to its first length.

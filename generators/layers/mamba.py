@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.linear import Linear, linear
 from ...kernels.selective_scan.ops import selective_scan, selective_scan_step
 from ...kernels.ssd.ops import ssd, ssd_step
 from .conv import conv_state, conv_step, scan_conv
@@ -101,7 +102,7 @@ class Mamba2(TokenMixer):
         self.heads = self.d_ssm // headdim
         self.dt_limit = tuple(dt_limit)
         width = self.d_ssm + 2 * ngroups * d_state
-        self.in_proj = nn.Linear(dim, 2 * self.d_mlp + self.d_ssm + width + self.heads, bias=bias)
+        self.in_proj = Linear(dim, 2 * self.d_mlp + self.d_ssm + width + self.heads, bias=bias)
         self.conv1d = nn.Conv1d(width, width, d_conv, groups=width, bias=conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
         init_dt_bias_(self.dt_bias, dt_min, dt_max, dt_init_floor)
@@ -110,7 +111,7 @@ class Mamba2(TokenMixer):
             self.A_log.copy_(torch.empty_like(self.A_log).uniform_(*A_init_range).log())
         self.D = nn.Parameter(torch.ones(self.d_ssm if D_has_hdim else self.heads))
         self.norm = GatedRMSNorm(self.d_ssm, ngroups, norm_before_gate) if rmsnorm else None
-        self.out_proj = nn.Linear(inner, dim, bias=bias)
+        self.out_proj = Linear(inner, dim, bias=bias)
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """(gate and value of the MLP part, gate, input of the convolution, dt)."""
@@ -235,22 +236,22 @@ class Mamba1(TokenMixer):
         inner = int(expand * dim)
         self.d_state = d_state
         self.dt_rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=bias)
+        self.in_proj = Linear(dim, 2 * inner, bias=bias)
         self.conv1d = nn.Conv1d(inner, inner, d_conv, groups=inner, bias=conv_bias)
-        self.x_proj = nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, inner)
+        self.x_proj = Linear(inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = Linear(self.dt_rank, inner)
         bound = self.dt_rank**-0.5
         nn.init.uniform_(self.dt_proj.weight, -bound, bound)
         init_dt_bias_(self.dt_proj.bias, dt_min, dt_max, dt_init_floor)
         steps = torch.arange(1, d_state + 1, dtype=torch.float32)
         self.A_log = nn.Parameter(steps.log().repeat(inner, 1))
         self.D = nn.Parameter(torch.ones(inner))
-        self.out_proj = nn.Linear(inner, dim, bias=bias)
+        self.out_proj = Linear(inner, dim, bias=bias)
 
     def _scan_arguments(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(delta ``[..., E]``, A, B and C ``[..., N]``) of ``[..., E]``."""
         low, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        delta = F.linear(low, self.dt_proj.weight)
+        delta = linear(low, self.dt_proj.weight)
         return delta, -torch.exp(self.A_log.to(_at_least_float(self.A_log))), B, C
 
     def forward(

@@ -124,9 +124,7 @@ def _backward_kernel(
     cell = tl.arange(0, BD)[:, None] * BN + n[None, :]
     for back in range(blocks):
         block = blocks - 1 - back
-        state = tl.load(
-            kept_ptr + block * size + tile, mask=tile_in, other=0.0
-        )
+        state = tl.load(kept_ptr + block * size + tile, mask=tile_in, other=0.0)
         for i in range(T):
             t = block * T + i
             place, keep = _place(t, length, seg_ptr, order_ptr, REVERSE, HAS_SEG, HAS_ORDER)

@@ -80,7 +80,7 @@ def ssd(
 
     Raises:
         InputError: an unknown direction, heads that do not divide into the groups, or
-            ``cu_seqlens`` where it has no meaning.
+            ``cu_seqlens`` where it has no meaning or with other bounds.
     """
     if direction not in DIRECTIONS:
         raise InputError(f'Unknown direction "{direction}": use one of {", ".join(DIRECTIONS)}.')
@@ -90,6 +90,11 @@ def ssd(
     if cu_seqlens is not None:
         if direction != "forward" or order is not None or x.shape[0] != 1 or shift:
             raise InputError("cu_seqlens needs batch 1 and a plain forward scan.")
+        bounds = list(cu_seqlens)
+        if bounds != sorted({0, *bounds, x.shape[1]}):
+            raise InputError(
+                f"cu_seqlens must rise from 0 to the length {x.shape[1]}, got {bounds}."
+            )
         return _packed(
             x, dt, A, B, C, D, z, dt_bias, initial_state, seq_idx, cu_seqlens, return_final_state,
             options,

@@ -5,14 +5,13 @@ should read them, which takes millions of pictures. On a laptop we begin where t
 end up: register i reads one patch of the latents and says a few of its principal components, the
 coarse ones of every patch first, spread over the picture. The encoder is a FlexTok encoder of one
 block whose weights are written down here; its ids are those of finite scalar quantization of
-whitened components (Karhunen 1947, Loeve 1948). The decoder starts random except that half of its
-heads look at the registers of their own patch; it is then trained as always.
+whitened components (Karhunen 1947, Loeve 1948). The decoder starts as their linear reading, beside
+small random weights, and is trained as always.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..modalities.errors import InputError
@@ -88,7 +87,7 @@ def local_components(tokenizer: FlexTok, latents: Tensor) -> None:
         InputError: a tokenizer of another form: one encoder block, registers a multiple of the
             patches, and no more components than a patch has values or a head has dimensions.
     """
-    config, encoder, decoder = tokenizer.config, tokenizer.encoder, tokenizer.decoder
+    config, encoder = tokenizer.config, tokenizer.encoder
     grid = config.latent_size // config.patch_size
     patches, code_dim = grid * grid, tokenizer.quantizer.dim
     levels, rest = divmod(config.num_registers, patches)
@@ -145,19 +144,82 @@ def local_components(tokenizer: FlexTok, latents: Tensor) -> None:
     spread = encoder(sample, config.num_registers).unflatten(1, (levels, patches)).std((0, 2))
     block.mlp.fc2.weight[:, :components] *= 0.01 / spread.flatten()
     encoder.proj.weight.mul_(SPREAD / 0.01)
+    _write_decoder(tokenizer, vectors, whiten, mean, place, level)
 
-    # The decoder: registers know their place and level; half of the heads meet at the place.
+
+def _write_decoder(
+    tokenizer: FlexTok, vectors: Tensor, whiten: Tensor, mean: Tensor, place: Tensor, level: Tensor
+) -> None:
+    """The best linear reading of the codes at t = 1, beside a small random decoder.
+
+    Block 0 puts the code of a register on the axes of its components; block 1 takes them from the
+    registers to the patch of their place; the output turns them into latents. Training goes on from
+    there: to other times and lengths, and to what is not linear.
+    """
+    config, decoder = tokenizer.config, tokenizer.decoder
+    size, components = whiten.shape
+    code_dim = tokenizer.quantizer.dim
+    levels = components // code_dim
+    dim = config.decoder_dim
     table = decoder.patch_embed.positions
-    free = free_directions(table, config.decoder_dim)
-    kept = free.T @ free
-    for linear in (decoder.patch_embed.proj, decoder.from_codes):
-        linear.weight.copy_(kept @ linear.weight)
-    decoder.from_codes.weight.mul_(3)
-    named = F.normalize(torch.randn(levels, config.decoder_dim) @ kept, dim=1)
-    decoder.register_positions.copy_(table.flatten(0, 1)[place] + 8 * named[level])
-    reader = place_reader(table)
-    heads = config.decoder_dim // config.head_dim
-    for block in decoder.blocks:
-        look_at_own_place(block.attn.qkv.weight, reader, config.head_dim, heads // 2)
-        # Gates a little open from the start, so that the codes are read at once.
-        block.adaln.bias.unflatten(0, (2, 6, -1))[:, :2] = 0.3
+    free = free_directions(table, dim)
+    parts = [size, components, levels, code_dim, 1]
+    noisy, content, rank, code, nowhere, rest = free.split([*parts, len(free) - sum(parts)])
+
+    # Code -> component -> latents, by least squares over the training pictures.
+    wanted = (vectors - mean) @ whiten
+    codes = tokenizer.quantizer(SPREAD * wanted.unflatten(1, (levels, code_dim)))[0].flatten(1)
+    centre = codes.mean(0)
+    slope = (wanted * (codes - centre)).mean(0) / (codes - centre).square().mean(0)
+    readout = torch.linalg.lstsq((codes - centre) * slope, vectors - mean).solution
+
+    decoder.patch_embed.proj.weight.copy_(noisy.T)
+    decoder.patch_embed.proj.bias.zero_()
+    decoder.from_codes.weight.copy_(code.T)
+    decoder.from_codes.bias.copy_(-code.T @ centre.view(levels, code_dim).mean(0))
+    decoder.register_positions.copy_(table.flatten(0, 1)[place] + 8 * rank[level])
+    # Masked tokens are at no place, so that they take no weight from those that are.
+    reader = torch.cat([place_reader(table), nowhere])
+    decoder.mask_token.copy_(14 * nowhere[0])
+    decoder.null_token.copy_(-14 * nowhere[0])
+    for number, block in enumerate(decoder.blocks):
+        look_at_own_place(
+            block.attn.qkv.weight, reader, config.head_dim, dim // config.head_dim // 2
+        )
+        for linear in (block.attn.proj, block.mlp.fc2):
+            linear.weight.copy_(0.3 * rest.T @ (rest @ linear.weight))
+        # Gates are open from the start, so that every block learns at once.
+        block.adaln.bias.unflatten(0, (2, 6, -1))[:, :2] = 1.0 if number < 2 else 0.1
+    mlp, attention = decoder.blocks[0].mlp, decoder.blocks[1].attn
+    gates, inputs = mlp.fc1_fc3.weight.split(mlp.fc2.in_features)
+    for index in range(components):
+        gates[index] = rank[index // code_dim]
+        inputs[index] = code[index % code_dim]
+        mlp.fc2.weight[:, index] = 0.1 * slope[index] * content[index]
+    attention.qkv.weight[2 * dim : 2 * dim + components] = content
+    attention.proj.weight[:, :components] = content.T
+
+    # What arrives at the patches is measured with two levels known: attention takes the mean over a
+    # place, so that more of them count for less, which training mends; too much would be worse.
+    count, patches = 256, len(place) // levels
+    noise = torch.randn(count, config.latent_channels, config.latent_size, config.latent_size)
+    known = min(2, levels) * patches
+    drawn = codes.unflatten(1, (levels, code_dim))[
+        torch.randint(len(codes), (count, known)), level[:known]
+    ]
+    arrived: list[Tensor] = []
+    hook = decoder.proj.register_forward_pre_hook(lambda _, inputs: arrived.append(inputs[0]))
+    decoder(noise, torch.ones(count), *decoder.condition(drawn))
+    hook.remove()
+
+    def gain(directions: Tensor, sent: Tensor) -> Tensor:
+        """Of ``sent`` ``[count, patches, n]`` what is found along ``directions`` ``[n, D]``."""
+        return (arrived[0] @ directions.T * sent).mean() / sent.square().mean()
+
+    shown = min(2, levels) * code_dim
+    said = (drawn - centre.view(levels, code_dim)[level[:known]]).unflatten(1, (-1, patches))
+    said = said[:, :, place[:patches].argsort()].transpose(1, 2).flatten(2) * slope[:shown]
+    through = gain(noisy, patch_vectors(decoder.patch_embed, noise))
+    told = gain(content[:shown], said)
+    decoder.proj.weight.copy_(noisy / through - readout.T @ content / told)
+    decoder.proj.bias.copy_(-mean)

@@ -84,7 +84,7 @@ def headline_html(studio: Studio) -> str:
 
 
 def build(studio: Studio) -> gr.Blocks:
-    """The page over a studio, which has to be started by itself."""
+    """The page over a studio."""
     card = studio.card()
     with gr.Blocks(title="Tessera", delete_cache=(600, 3600), analytics_enabled=False) as demo:
         owner = gr.BrowserState("", storage_key="tessera.owner", secret="tessera")
@@ -148,6 +148,9 @@ def serve(demo: gr.Blocks, studio: Studio, **options: Any) -> tuple[Any, str, st
         footer_links=["api"],
         run_history=False,
         enable_monitoring=False,
+        prevent_thread_lock=True,
+        # No request of the server to itself: a busy machine or a proxy would fail it.
+        _frontend=False,
         **options,
     )
 
@@ -186,10 +189,10 @@ def launch(
     if not is_size(max_upload):
         raise InputError(f'"{max_upload}" is not a size: write for example --max-upload 100mb.')
     studio = Studio(model, Path(outputs), metadata)
-    studio.start()
     try:
+        demo = build(studio)
         serve(
-            build(studio),
+            demo,
             studio,
             server_name="0.0.0.0" if listen else "127.0.0.1",
             server_port=port,
@@ -198,6 +201,9 @@ def launch(
             inbrowser=open_browser,
             max_file_size=max_upload,
         )
+        # After the page is up: loading would slow it down.
+        studio.start()
+        demo.block_thread()
     except OSError as error:
         if "port" not in str(error):
             raise
@@ -228,12 +234,14 @@ def is_size(text: str) -> bool:
 def launch_space() -> None:
     """As a Space: strangers share the server, its address and port come from the environment."""
     studio = Studio(shared=True)
+    demo = build(studio)
+    serve(demo, studio, max_file_size="20mb")
     studio.start()
-    serve(build(studio), studio, max_file_size="20mb")
+    demo.block_thread()
 
 
 if __name__ == "__main__":
-    if "SPACE_ID" in os.environ:
-        launch_space()
-    else:
-        launch()
+    try:
+        launch_space() if "SPACE_ID" in os.environ else launch()
+    except InputError as error:
+        sys.exit(str(error))

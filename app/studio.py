@@ -99,8 +99,9 @@ class Studio:
         self._tokenizers: dict[str, Tokenizer] = {}
 
     def start(self) -> None:
-        """Load the model in a thread."""
-        threading.Thread(target=self._load, name="tessera-model", daemon=True).start()
+        """Load the model in a thread, if it is not there yet."""
+        if self.loading:
+            threading.Thread(target=self._load, name="tessera-model", daemon=True).start()
 
     def wait(self) -> TextToImagePipeline:
         """The pipeline, as soon as it is there.
@@ -134,8 +135,9 @@ class Studio:
         return Outputs(self.folder / owner if self.shared else self.folder, self.metadata)
 
     def card(self) -> Card:
-        """Read from the model's configuration; of a hub id once it is loaded."""
+        """Read from the model's configuration; a hub id is loaded for it."""
         if not isinstance(self.source, Path):
+            self._load()
             pipeline = self.wait()
             config, num_tokens = pipeline.config, pipeline.num_tokens
         else:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tessera.app.jobs import Job
 from tessera.app.main import build, serve
 from tessera.app.studio import Studio
 from tessera.tests.tiny import tiny_pipeline
@@ -29,6 +30,9 @@ class Server:
     def pictures(self) -> list[Path]:
         return sorted(self.studio.folder.glob("????-??-??/*.png"))
 
+    def running(self) -> list[Job]:
+        return [job for job in self.studio.jobs._jobs if job.state == "running"]
+
 
 def tiny_model(folder: Path) -> Path:
     """A saved tiny pipeline."""
@@ -46,7 +50,7 @@ def held(server: Server) -> None:
         for partial in inner(*arguments, **options):
             yield partial
             while partial.step == server.hold_at and not any(
-                job.cancel.is_set() for job in server.studio.jobs._jobs if job.state == "running"
+                job.cancel.is_set() for job in server.running()
             ):
                 time.sleep(0.02)
 
@@ -54,24 +58,33 @@ def held(server: Server) -> None:
 
 
 @contextmanager
-def running_app(folder: Path) -> Iterator[Server]:
-    """Serve the app on a free port; uploads up to 1 MB."""
+def tiny_studio(folder: Path) -> Iterator[Server]:
+    """A studio with the model loaded, without a page."""
     studio = Studio(str(tiny_model(folder / "tiny")), folder / "outputs")
     studio.start()
     server = Server(studio)
     held(server)
-    demo = build(studio)
     try:
-        _, server.url, _ = serve(
-            demo,
-            studio,
-            server_name="127.0.0.1",
-            prevent_thread_lock=True,
-            quiet=True,
-            max_file_size="1mb",
-        )
         yield server
     finally:
         server.hold_at = None
-        demo.close()
         studio.close()
+
+
+@contextmanager
+def running_app(folder: Path) -> Iterator[Server]:
+    """Serve the app on a free port; uploads up to 1 MB."""
+    with tiny_studio(folder) as server:
+        demo = build(server.studio)
+        try:
+            _, server.url, _ = serve(
+                demo,
+                server.studio,
+                server_name="127.0.0.1",
+                quiet=True,
+                max_file_size="1mb",
+            )
+            yield server
+        finally:
+            server.hold_at = None
+            demo.close()

@@ -31,22 +31,22 @@ from tessera.modalities.errors import InputError
 from tessera.modalities.image import load_image, read_record, save_image
 from tessera.modalities.metadata import decode_tokens, make_record
 from tessera.pipelines.seeds import seed_generators
-from tessera.tests.app_server import Server, held, running_app, tiny_model
+from tessera.tests.app_server import Server, held, running_app, tiny_model, tiny_studio
 
 OWNER = "0" * 32
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with running_app(tmp_path_factory.mktemp("app")) as running:
-        yield running
+    with tiny_studio(tmp_path_factory.mktemp("app")) as server:
+        yield server
 
 
 @pytest.fixture
 def studio(server):
     yield server.studio
     server.hold_at = None
-    wait_for(lambda: not any(server.studio.jobs.active(o) for o in (OWNER, "1" * 32)))
+    wait_for(lambda: not server.studio.jobs.active(OWNER))
 
 
 def wait_for(condition, seconds=60):
@@ -530,15 +530,21 @@ def test_a_folder_that_is_no_model_is_named(tmp_path):
         studio.close()
 
 
-# --- through gradio_client ---
+# --- over HTTP ---
 
 
 @pytest.fixture(scope="module")
-def client(server, tmp_path_factory):
-    return Client(server.url, verbose=False, download_files=tmp_path_factory.mktemp("client"))
+def site(tmp_path_factory):
+    with running_app(tmp_path_factory.mktemp("site")) as running:
+        yield running
 
 
-def test_client_makes_pictures_and_sees_progress(client, studio, server):
+@pytest.fixture(scope="module")
+def client(site, tmp_path_factory):
+    return Client(site.url, verbose=False, download_files=tmp_path_factory.mktemp("client"))
+
+
+def test_client_makes_pictures_and_sees_progress(client):
     job = client.submit("red ring", style="flat", count=2, seed=11, num_tokens=5, api_name="/image")
     last = job.result(timeout=120)
     assert (last["state"], last["step"], last["seeds"]) == ("done", 5, [11, 12])
@@ -548,18 +554,19 @@ def test_client_makes_pictures_and_sees_progress(client, studio, server):
     assert (record["seed"], record["settings"]["style"]) == (12, "flat")
 
 
-def test_client_cancel_stops_the_work(client, studio, server):
-    server.hold_at = 2
-    before = set(server.pictures)
+def test_client_cancel_stops_the_work(client, site):
+    site.hold_at = 2
+    before = set(site.pictures)
     job = client.submit("red ring", api_name="/image")
-    wait_for(lambda: any(each.step == 2 for each in studio.jobs._jobs if each.state == "running"))
-    running = next(each for each in studio.jobs._jobs if each.state == "running")
+    wait_for(lambda: any(each.step == 2 for each in site.running()))
+    (running,) = site.running()
     assert job.cancel()
     wait_for(lambda: running.state == "stopped")
-    assert len(set(server.pictures) - before) == 1
+    site.hold_at = None
+    assert len(set(site.pictures) - before) == 1
 
 
-def test_client_gets_one_sentence(client, studio):
+def test_client_gets_one_sentence(client):
     with pytest.raises(AppError, match='Unknown style "oil"') as caught:
         client.predict("red ring", style="oil", api_name="/image")
     assert "Traceback" not in str(caught.value)
@@ -571,24 +578,25 @@ def test_only_the_documented_endpoints_are_public(client):
     assert "flextok-d12-d12" in client.predict("flextok*", api_name="/models")
 
 
-def test_nothing_outside_its_folders_is_readable(server, studio):
-    run_job(studio)
-    (studio.log_folder / LOG_NAME).write_text("private")
-    get = f"{server.url}gradio_api/file="
-    assert httpx.get(get + str(server.pictures[0])).status_code == 200
+def test_nothing_outside_its_folders_is_readable(site):
+    outputs = site.studio.outputs(OWNER)
+    picture = outputs.save(Image.new("RGB", (8, 8)), make_record("P", "tiny", "red ring", 7))
+    (site.studio.log_folder / LOG_NAME).write_text("private")
+    get = f"{site.url}gradio_api/file="
+    assert httpx.get(get + str(picture), timeout=60).status_code == 200
     for path in (
-        studio.log_folder / LOG_NAME,
+        site.studio.log_folder / LOG_NAME,
         Path(__file__),
         Path("/etc/passwd"),
-        studio.folder / "../tiny/model_index.json",
+        site.studio.folder / "../tiny/model_index.json",
         "pyproject.toml",
     ):
-        assert httpx.get(get + str(path)).status_code == 403, path
+        assert httpx.get(get + str(path), timeout=60).status_code == 403, path
 
 
-def test_a_large_upload_is_refused(server):
+def test_a_large_upload_is_refused(site):
     answer = httpx.post(
-        f"{server.url}gradio_api/upload", files={"files": ("a.png", bytes(1_100_000))}
+        f"{site.url}gradio_api/upload", files={"files": ("a.png", bytes(1_100_000))}, timeout=60
     )
     assert answer.status_code == 413
 

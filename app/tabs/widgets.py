@@ -25,6 +25,16 @@ COUNTS = (1, 4, 8)
 SHOWN_JOBS = 8
 POLL_SECONDS = 0.1
 
+_SETTING_LABELS = {
+    "style": "Style",
+    "num_tokens": "Tokens",
+    "num_inference_steps": "Decoder steps",
+    "guidance_scale": "Guidance",
+    "temperature": "Temperature",
+    "top_k": "Top-k",
+    "top_p": "Top-p",
+}
+
 # An event that cannot fail: past the queue, whose path alone shows errors on the page.
 QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 # Any other event; the job queue decides what waits, Gradio's does not.
@@ -125,10 +135,11 @@ def record_table(record: dict[str, Any] | None) -> str:
     """A record as an HTML table; everything in it may come from strangers."""
     if record is None:
         return ""
+    settings = record["settings"]
     rows = {
         "Prompt": record["prompt"],
         "Seed": record["seed"],
-        **{key.replace("_", " ").capitalize(): v for key, v in record["settings"].items() if v},
+        **{label: settings.get(key) for key, label in _SETTING_LABELS.items()},
         "Model": record["model"],
         "Made": (record["created"] or "").replace("T", " ").removesuffix("Z"),
         "With": record["software"],
@@ -165,7 +176,7 @@ def restore_panel(card: Card, inputs: PictureInputs, tabs: gr.Tabs, elem_id: str
     record = gr.State(None)
     picture = picture_file(
         label="Settings from a picture",
-        placeholder="Drop a picture that was made here",
+        placeholder="Drop a picture",
         height=150,
         elem_id=elem_id,
     )

@@ -20,3 +20,17 @@ def random_order(
     return torch.stack(
         [torch.randperm(length, generator=g, device=g.device) for g in generators]
     ).to(device)
+
+
+def cell_order(side: int, cell: int, device: torch.device | None = None) -> Tensor:
+    """Square cells of a square grid in raster order, and the tokens of each in raster order.
+
+    Args:
+        side, cell: tokens along the grid and along a cell, which divides it.
+
+    Returns:
+        int64 ``[side * side]``, the place in the raster of the i-th token.
+    """
+    count = side // cell
+    places = torch.arange(side * side, device=device).view(count, cell, count, cell)
+    return places.transpose(1, 2).flatten()

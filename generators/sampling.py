@@ -73,6 +73,21 @@ def check_given(
         )
 
 
+def check_given_latents(
+    tokens: Tensor | None, token_mask: Tensor | None, shape: tuple[int, int, int]
+) -> None:
+    """Raise InputError unless given continuous tokens ``[B, N, C]`` come with a mask ``[B, N]``."""
+    if tokens is None and token_mask is None:
+        return
+    if tokens is None or token_mask is None:
+        raise InputError("Give tokens together with token_mask, True where they are kept.")
+    if tuple(tokens.shape) != shape or tuple(token_mask.shape) != shape[:2]:
+        raise InputError(
+            f"tokens and token_mask must have the shapes {list(shape)} and {list(shape[:2])}, got "
+            f"{list(tokens.shape)} and {list(token_mask.shape)}."
+        )
+
+
 def draw(
     distribution: str,
     shape: Sequence[int],

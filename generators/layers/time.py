@@ -1,0 +1,35 @@
+"""Continuous time as a condition (sinusoids as in arXiv 2006.11239, then an MLP)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import Tensor, nn
+
+from ...kernels.linear import Linear
+
+FEATURES = 256
+
+
+class TimeEmbedding(nn.Module):
+    """Times in 0 to 1 -> vectors, through the whole steps ``trunc(1000 t)``."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.fc1 = Linear(FEATURES, dim)
+        self.fc2 = Linear(dim, dim)
+
+    def init_weights(self) -> None:
+        """Normal 0.02, biases zero."""
+        for layer in (self.fc1, self.fc2):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, times: Tensor) -> Tensor:
+        """``[...]`` -> ``[..., dim]``."""
+        steps = (times.float() * 1000).trunc()
+        features = get_timestep_embedding(
+            steps.flatten(), FEATURES, flip_sin_to_cos=True, downscale_freq_shift=0
+        )
+        features = features.unflatten(0, times.shape).to(self.fc1.weight.dtype)
+        return self.fc2(F.silu(self.fc1(features)))

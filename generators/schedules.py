@@ -6,7 +6,7 @@ import math
 
 from ..modalities.errors import InputError
 
-GUIDANCE = ("constant", "linear", "cosine", "power-cosine", "flipped-cosine")
+GUIDANCE = ("constant", "linear", "half-linear", "cosine", "power-cosine", "flipped-cosine")
 
 
 def guidance_weight(schedule: str, scale: float, progress: float, power: float = 1.0) -> float:
@@ -15,6 +15,7 @@ def guidance_weight(schedule: str, scale: float, progress: float, power: float =
     "constant" is ``scale``; the others are ``1 + (scale - 1) f(progress)`` with
 
     - linear: f(r) = r
+    - half-linear: f(r) = min(2 r, 1) (Token-Shuffle, arXiv 2504.17789)
     - cosine: f(r) = (1 - cos(pi r)) / 2
     - power-cosine: f(r) = (1 - cos(pi r^power)) / 2 (Gao et al., arXiv 2303.14389); power 0 is constant
     - flipped-cosine: f(r) = cos(pi r^power) / 2
@@ -30,6 +31,8 @@ def guidance_weight(schedule: str, scale: float, progress: float, power: float =
         return scale
     if schedule == "linear":
         ramp = progress
+    elif schedule == "half-linear":
+        ramp = min(2 * progress, 1.0)
     elif schedule in ("cosine", "power-cosine"):
         ramp = (1 - math.cos(math.pi * progress ** (1 if schedule == "cosine" else power))) / 2
     elif schedule == "flipped-cosine":

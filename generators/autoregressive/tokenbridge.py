@@ -28,6 +28,7 @@ from ..cache import StaticCache
 from ..conditioning.classes import check_labels, drop_labels
 from ..layers.adaln import CausalAdaLNBlock, layer_norm, modulate
 from ..layers.vit import ViTBlock
+from ..masked.masking import normal_mask_ratio
 from ..orders import random_order
 from ..sampling import check_generators, check_given, check_sampling, draw, guide, sample
 from ..schedules import guidance_weight, masked_counts
@@ -259,9 +260,7 @@ class TokenBridge(ModelMixin, ConfigMixin):
         if self.training:
             labels = drop_labels(labels, config.num_classes, config.label_dropout, generator)
         ids = tokens.unflatten(1, (config.num_tokens, config.channels))
-        # A normal of mean 1 and deviation 0.25 cut to [0.7, 1], drawn through its distribution function.
-        share = torch.rand((), generator=generator, device=device) * math.erf(1.2 / math.sqrt(2))
-        ratio = 1 - 0.25 * math.sqrt(2) * float(torch.erfinv(share))
+        ratio = normal_mask_ratio(generator, device)
         order = torch.rand(ids.shape[:2], generator=generator, device=device).argsort(dim=1)
         count = math.ceil(config.num_tokens * ratio)
         masked, visible = order[:, :count], order[:, count:]

@@ -280,7 +280,7 @@ class ENAT(ModelMixin, ConfigMixin):
     ) -> Iterator[Tensor]:
         """`stream` of items of which equally many tokens are known, bool ``[B, num_tokens]``."""
         steps, scale, heat, mask_heat = settings
-        batch, vocab = len(ids), self.config.vocab_size
+        vocab = self.config.vocab_size
         given = int(known[0].sum())
         hidden = ids.shape[1] - given
         # Places in raster order, the masked ones first.

@@ -31,6 +31,15 @@ def random_mask(tokens: Tensor, generator: torch.Generator | None = None) -> Ten
     return torch.rand(batch, length, **random).argsort(dim=1) < count
 
 
+def normal_mask_ratio(generator: torch.Generator | None, device: torch.device) -> float:
+    """The share of tokens that MAR (arXiv 2406.11838) hides in training, one for a batch.
+
+    Normal of mean 1 and deviation 0.25 cut to [0.7, 1], drawn through its distribution function.
+    """
+    share = torch.rand((), generator=generator, device=device) * math.erf(1.2 / math.sqrt(2))
+    return 1 - 0.25 * math.sqrt(2) * float(torch.erfinv(share))
+
+
 def masked_loss(
     logits: Tensor, tokens: Tensor, masked: Tensor, label_smoothing: float = 0.1
 ) -> tuple[Tensor, dict[str, Tensor]]:

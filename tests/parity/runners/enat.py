@@ -28,7 +28,7 @@ def build(case):
 
 def forward(case):
     """The earlier steps first, each reusing the features of the one before."""
-    model, before, seen = build(case), None, None
+    model, before, seen, kept = build(case), None, None, None
     for each in (*case.after, case):
         ids = each.inputs["ids"].long()
         labels = each.inputs["labels"].long()

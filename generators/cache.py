@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -29,3 +31,9 @@ class StaticCache:
         self.keys[layer, :, :, position:end] = k
         self.values[layer, :, :, position:end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def select(self, rows: Tensor) -> StaticCache:
+        """A cache of copies of the rows int64 ``[B']``."""
+        other = copy.copy(self)
+        other.keys, other.values = self.keys[:, rows], self.values[:, rows]
+        return other

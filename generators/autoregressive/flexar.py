@@ -1,15 +1,16 @@
-"""FlexAR: autoregressive text-to-image over FlexTok's ordered tokens (Bachmann et al., ICML 2025).
+"""FlexAR: autoregressive generation over FlexTok's ordered tokens (Bachmann et al., ICML 2025).
 
-Paper: arXiv 2502.13967, section 9 of its released models. Published checkpoints (Apache-2.0):
-EPFL-VILAB/FlexAR-113M-T2I, -382M-T2I, -1B-T2I, -3B-T2I. The shipped sticker generator is this class
-at laptop size, trained by this project.
+Paper: arXiv 2502.13967. Published checkpoints (Apache-2.0): EPFL-VILAB/FlexAR-113M-T2I, -382M-T2I,
+-1B-T2I, -3B-T2I for text, EPFL-VILAB/FlexAR-1B-C2I for classes. The shipped sticker generator is the text
+model at laptop size, trained by this project.
 
-A causal transformer writes one id after the other; every block looks at the text by cross-attention.
-Ordered tokens may stop early: the first k of them already decode.
+A causal transformer writes one id after the other. Text is looked at by cross-attention in every block;
+a class is added to the start. Ordered tokens may stop early: the first k of them already decode.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -20,7 +21,10 @@ from torch import Tensor, nn
 
 from ...modalities.errors import InputError
 from ..cache import StaticCache
-from ..sampling import check_sampling, guide, sample
+from ..conditioning.classes import check_labels, drop_labels
+from ..layers.attention import causal_attention
+from ..sampling import check_generators, check_given, check_sampling, guide
+from .decoding import autoregress, check_length
 
 
 class SelfAttention(nn.Module):
@@ -37,7 +41,7 @@ class SelfAttention(nn.Module):
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if cache is not None:
             k, v = cache.update(layer, position, k, v)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
+        x = causal_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
@@ -76,26 +80,30 @@ class GatedMLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, dim: int, heads: int, hidden: int, bias: bool, qk_norm: bool):
+    """Self-attention, cross-attention to a text if there is one, gated MLP."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, bias: bool, qk_norm: bool, text: bool):
         super().__init__()
         self.norm_1 = nn.LayerNorm(dim)
         self.self_attn = SelfAttention(dim, heads, bias, qk_norm)
-        self.norm_2 = nn.LayerNorm(dim)
-        self.cross_attn = CrossAttention(dim, heads, bias, qk_norm)
+        if text:
+            self.norm_2 = nn.LayerNorm(dim)
+            self.cross_attn = CrossAttention(dim, heads, bias, qk_norm)
         self.norm_3 = nn.LayerNorm(dim)
         self.mlp = GatedMLP(dim, hidden, bias)
 
     def forward(
         self,
         x: Tensor,
-        keys_values: tuple[Tensor, Tensor],
-        mask: Tensor,
+        keys_values: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
         cache: StaticCache | None = None,
         layer: int = 0,
         position: int = 0,
     ) -> Tensor:
         x = x + self.self_attn(self.norm_1(x), cache, layer, position)
-        x = x + self.cross_attn(self.norm_2(x), keys_values, mask)
+        if keys_values is not None:
+            x = x + self.cross_attn(self.norm_2(x), keys_values, mask)
         return x + self.mlp(self.norm_3(x))
 
 
@@ -111,7 +119,142 @@ class TextProjection(nn.Module):
         return self.fc2(F.gelu(self.fc1(features), approximate="tanh"))
 
 
-class FlexAR(ModelMixin, ConfigMixin):
+class _FlexAR(ModelMixin, ConfigMixin):
+    """What the models of text and of classes share."""
+
+    def build(
+        self,
+        vocab_size: int,
+        num_tokens: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        mlp_hidden: int,
+        bias: bool,
+        qk_norm: bool,
+        embedding_dropout: float,
+        text: bool,
+    ) -> None:
+        self.embedding = nn.Embedding(vocab_size, dim)
+        self.start = nn.Parameter(torch.zeros(dim))
+        self.positions = nn.Parameter(torch.zeros(num_tokens, dim))
+        self.dropout = nn.Dropout(embedding_dropout)
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, mlp_hidden, bias, qk_norm, text) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, vocab_size, bias=False)
+
+    def init_weights(self) -> None:
+        """Normal 0.02; projections into the residual stream are scaled by depth (GPT-2)."""
+        depth = len(self.blocks)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim >= 2 or name in ("start",):
+                residual = name.endswith(("proj.weight", "fc2.weight")) and "blocks" in name
+                nn.init.normal_(parameter, std=0.02 / (3 * depth) ** 0.5 if residual else 0.02)
+
+    def embed(self, tokens: Tensor, position: int = 0, start: Tensor | None = None) -> Tensor:
+        """Ids ``[B, n]`` -> inputs ``[B, n + 1, D]`` at 0 (with the start), else ``[B, n, D]``.
+
+        Args:
+            start: of each item ``[B, D]``; default the learned one.
+        """
+        x = self.embedding(tokens)
+        if position == 0:
+            start = self.start if start is None else start
+            x = torch.cat([start.expand(len(tokens), -1)[:, None], x], dim=1)
+        return x + self.positions[position : position + x.shape[1]]
+
+    def make_decoder(
+        self,
+        starts: Tensor,
+        keys_values: list[tuple[Tensor, Tensor]] | None,
+        mask: Tensor | None,
+        batch: int,
+        guidance_scale: float,
+        num_tokens: int,
+    ) -> FlexARDecoder:
+        """Of rows of conditions: the items' and, with guidance, then the unconditional ones."""
+        config = self.config
+        cache = StaticCache(
+            len(self.blocks),
+            len(starts),
+            config.heads,
+            num_tokens,
+            config.dim // config.heads,
+            starts.dtype,
+            starts.device,
+        )
+        return FlexARDecoder(self, starts, keys_values, mask, cache, batch, guidance_scale)
+
+    def _autoregress(
+        self,
+        decoder: FlexARDecoder,
+        generators: Sequence[torch.Generator],
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        tokens: Tensor | None,
+        token_mask: Tensor | None,
+    ) -> Iterator[Tensor]:
+        check_sampling(temperature, top_k, top_p)
+        check_generators(generators, decoder.batch)
+        check_given(tokens, token_mask, decoder.batch, self.config.num_tokens, decoder.vocab_size)
+        yield from autoregress(
+            decoder, generators, decoder.num_tokens, temperature, top_k, top_p, tokens, token_mask
+        )
+
+    def check_length(self, num_tokens: int | None) -> int:
+        """How many tokens are wanted; None is all of them."""
+        count = num_tokens or self.config.num_tokens
+        check_length(count, self.config.num_tokens)
+        return count
+
+
+class FlexARDecoder:
+    """A FlexAR bound to conditions; see `decoding.Decoder`. Made by ``decoder`` of the models."""
+
+    def __init__(
+        self,
+        model: _FlexAR,
+        starts: Tensor,
+        keys_values: list[tuple[Tensor, Tensor]] | None,
+        mask: Tensor | None,
+        cache: StaticCache,
+        batch: int,
+        guidance_scale: float,
+    ):
+        self.model, self.starts, self.cache = model, starts, cache
+        self.keys_values, self.mask = keys_values, mask
+        self.batch, self.guidance_scale = batch, guidance_scale
+        self.device = starts.device
+        self.vocab_size = model.config.vocab_size
+        self.num_tokens = cache.keys.shape[3]
+        self.cached = 0
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor, cached: int, count: int) -> Tensor:
+        model, guided = self.model, len(self.starts) > self.batch
+        rows = ids.repeat(2, 1) if guided else ids
+        x = model.embed(rows[:, max(cached - 1, 0) :], cached, self.starts)
+        for layer, block in enumerate(model.blocks):
+            keys_values = None if self.keys_values is None else self.keys_values[layer]
+            x = block(x, keys_values, self.mask, self.cache, layer, cached)
+        logits = model.head(model.norm(x[:, -count:])).float()
+        return guide(*logits.chunk(2), self.guidance_scale) if guided else logits
+
+    def repeat(self, batch: int) -> FlexARDecoder:
+        rows = torch.arange(len(self.starts), device=self.device).repeat_interleave(batch)
+        other = copy.copy(self)
+        other.batch, other.starts = batch, self.starts[rows]
+        other.cache = self.cache.select(rows)
+        if self.keys_values is not None:
+            other.keys_values = [(k[rows], v[rows]) for k, v in self.keys_values]
+            other.mask = self.mask[rows]
+        return other
+
+
+class FlexAR(_FlexAR):
     """Text features -> ordered token ids.
 
     Args:
@@ -138,30 +281,18 @@ class FlexAR(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.text_projection = TextProjection(text_dim, dim)
-        self.embedding = nn.Embedding(vocab_size, dim)
-        self.start = nn.Parameter(torch.zeros(dim))
-        self.positions = nn.Parameter(torch.zeros(num_tokens, dim))
-        self.dropout = nn.Dropout(embedding_dropout)
-        self.blocks = nn.ModuleList(
-            Block(dim, heads, mlp_hidden, bias, qk_norm) for _ in range(depth)
+        self.build(
+            vocab_size,
+            num_tokens,
+            dim,
+            depth,
+            heads,
+            mlp_hidden,
+            bias,
+            qk_norm,
+            embedding_dropout,
+            text=True,
         )
-        self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, vocab_size, bias=False)
-
-    def init_weights(self) -> None:
-        """Normal 0.02; projections into the residual stream are scaled by depth (GPT-2)."""
-        depth = len(self.blocks)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim >= 2 or name in ("start",):
-                residual = name.endswith(("proj.weight", "fc2.weight")) and "blocks" in name
-                nn.init.normal_(parameter, std=0.02 / (3 * depth) ** 0.5 if residual else 0.02)
-
-    def embed(self, tokens: Tensor, position: int = 0) -> Tensor:
-        """Ids ``[B, n]`` -> inputs ``[B, n + 1, D]`` at 0 (with the start), else ``[B, n, D]``."""
-        x = self.embedding(tokens)
-        if position == 0:
-            x = torch.cat([self.start.expand(len(tokens), 1, -1), x], dim=1)
-        return x + self.positions[position : position + x.shape[1]]
 
     def logits(self, tokens: Tensor, text_features: Tensor, text_mask: Tensor) -> Tensor:
         """Teacher-forced logits ``[B, n, V]`` of positions 0..n-1 given ids ``[B, n - 1]``."""
@@ -217,46 +348,38 @@ class FlexAR(ModelMixin, ConfigMixin):
         Raises:
             InputError: more tokens than the model has positions, or a meaningless setting.
         """
-        count = num_tokens or self.config.num_tokens
-        if not 1 <= count <= self.config.num_tokens:
-            raise InputError(
-                f"This model makes 1 to {self.config.num_tokens} tokens, got {count}. "
-                f"Use {self.config.num_tokens}."
-            )
-        check_sampling(temperature, top_k, top_p)
-        batch = len(text_features)
-        guided = guidance_scale != 1
-        if guided:
+        decoder = self.decoder(
+            text_features, text_mask, null_features, null_mask, guidance_scale, num_tokens
+        )
+        yield from self._autoregress(
+            decoder, generators, temperature, top_k, top_p, tokens, token_mask
+        )
+
+    @torch.no_grad()
+    def decoder(
+        self,
+        text_features: Tensor,
+        text_mask: Tensor,
+        null_features: Tensor | None = None,
+        null_mask: Tensor | None = None,
+        guidance_scale: float = 3.0,
+        num_tokens: int | None = None,
+    ) -> FlexARDecoder:
+        """The model bound to its texts, for the loops of `decoding` and `acceleration`.
+
+        Raises:
+            InputError: more tokens than the model has positions, or guidance without the empty prompt.
+        """
+        count, batch = self.check_length(num_tokens), len(text_features)
+        if guidance_scale != 1:
+            if null_features is None or null_mask is None:
+                raise InputError("Guidance needs null_features and null_mask, of the empty prompt.")
             text_features = torch.cat([text_features, null_features.expand(batch, -1, -1)])
             text_mask = torch.cat([text_mask, null_mask.expand(batch, -1)])
-
         text = self.text_projection(text_features)
         keys_values = [block.cross_attn.keys_values(text) for block in self.blocks]
-        heads = self.config.heads
-        cache = StaticCache(
-            len(self.blocks),
-            len(text),
-            heads,
-            count,
-            self.config.dim // heads,
-            text.dtype,
-            text.device,
-        )
-        drawn = torch.empty(batch, 0, dtype=torch.int64, device=text.device)
-        x = (self.start + self.positions[0]).expand(len(text), 1, -1)
-        for position in range(count):
-            for layer, block in enumerate(self.blocks):
-                x = block(x, keys_values[layer], text_mask, cache, layer, position)
-            logits = self.head(self.norm(x[:, -1])).float()
-            if guided:
-                logits = guide(*logits.chunk(2), guidance_scale)
-            new = sample(logits, temperature, top_k, top_p, generators)
-            if tokens is not None and position < tokens.shape[1]:
-                new = torch.where(token_mask[:, position], tokens[:, position], new)
-            drawn = torch.cat([drawn, new[:, None]], dim=1)
-            yield drawn
-            if position + 1 < count:
-                x = self.embed(new[:, None].repeat(2 if guided else 1, 1), position + 1)
+        starts = self.start.to(text.dtype).expand(len(text), -1)
+        return self.make_decoder(starts, keys_values, text_mask, batch, guidance_scale, count)
 
     @torch.no_grad()
     def generate(
@@ -264,5 +387,125 @@ class FlexAR(ModelMixin, ConfigMixin):
     ) -> Tensor:
         """All of `stream`: ids int64 ``[B, num_tokens]``."""
         for drawn in self.stream(text_features, text_mask, generators, **settings):
+            ids = drawn
+        return ids
+
+
+class FlexARClass(_FlexAR):
+    """Class label -> ordered token ids. The defaults are the published 1B-C2I.
+
+    The published configuration was not at hand; its blocks are taken to have no cross-attention.
+
+    Args:
+        num_classes: the null class of guidance comes after the last one and adds nothing.
+        mlp_hidden: hidden width of the gated MLP.
+        embedding_dropout, label_dropout: in training.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        vocab_size: int = 64000,
+        num_tokens: int = 256,
+        num_classes: int = 1000,
+        dim: int = 1664,
+        depth: int = 26,
+        heads: int = 26,
+        mlp_hidden: int = 4437,
+        bias: bool = False,
+        qk_norm: bool = True,
+        embedding_dropout: float = 0.0,
+        label_dropout: float = 0.1,
+    ):
+        super().__init__()
+        self.class_embedding = nn.Embedding(num_classes, dim)
+        self.build(
+            vocab_size,
+            num_tokens,
+            dim,
+            depth,
+            heads,
+            mlp_hidden,
+            bias,
+            qk_norm,
+            embedding_dropout,
+            text=False,
+        )
+
+    def starts(self, labels: Tensor) -> Tensor:
+        """Labels ``[B]`` (``num_classes`` = null) -> the start of each sequence ``[B, D]``."""
+        return self.start + F.embedding(labels, F.pad(self.class_embedding.weight, (0, 0, 0, 1)))
+
+    def logits(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Teacher-forced logits ``[B, n, V]`` of positions 0..n-1 given ids ``[B, n - 1]``."""
+        x = self.dropout(self.embed(tokens, start=self.starts(labels)))
+        for block in self.blocks:
+            x = block(x, None, None)
+        return self.head(self.norm(x))
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of ids ``[B, n]``, n <= num_tokens (a prefix trains the prefix).
+
+        Args:
+            labels: classes ``[B]``; in training some are dropped.
+            generator: of the dropped labels, on the model's device.
+        """
+        if self.training:
+            config = self.config
+            labels = drop_labels(labels, config.num_classes, config.label_dropout, generator)
+        logits = self.logits(tokens[:, :-1], labels).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        return loss, {"nll": loss.detach()}
+
+    @torch.no_grad()
+    def decoder(
+        self, labels: Tensor, guidance_scale: float = 1.5, num_tokens: int | None = None
+    ) -> FlexARDecoder:
+        """The model bound to its classes, for the loops of `decoding` and `acceleration`.
+
+        Raises:
+            InputError: more tokens than the model has positions, or no such class.
+        """
+        count, batch = self.check_length(num_tokens), len(labels)
+        check_labels(labels, self.config.num_classes)
+        if guidance_scale != 1:
+            labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
+        return self.make_decoder(self.starts(labels), None, None, batch, guidance_scale, count)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        labels: Tensor,
+        generators: Sequence[torch.Generator],
+        num_tokens: int | None = None,
+        guidance_scale: float = 1.5,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 0.0,
+        tokens: Tensor | None = None,
+        token_mask: Tensor | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield ids ``[B, 1]``, ``[B, 2]``, ... ``[B, num_tokens]`` as they are drawn.
+
+        Args:
+            labels: classes ``[B]``.
+            generators: one an item.
+            guidance_scale: 1 runs no unconditional half.
+            tokens, token_mask: ids ``[B, n]`` kept where the mask ``[B, n]`` is True.
+
+        Raises:
+            InputError: a label, token or setting that means nothing.
+        """
+        decoder = self.decoder(labels, guidance_scale, num_tokens)
+        yield from self._autoregress(
+            decoder, generators, temperature, top_k, top_p, tokens, token_mask
+        )
+
+    @torch.no_grad()
+    def generate(self, labels: Tensor, generators: Sequence[torch.Generator], **settings) -> Tensor:
+        """All of `stream`: ids int64 ``[B, num_tokens]``."""
+        for drawn in self.stream(labels, generators, **settings):
             ids = drawn
         return ids

@@ -11,6 +11,7 @@ plain raster order.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -20,13 +21,13 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...kernels.linear import Linear
-from ...modalities.errors import InputError
 from ..cache import StaticCache
 from ..conditioning.classes import check_labels, drop_labels
 from ..layers.adaln import CausalAdaLNBlock, layer_norm, modulate
 from ..orders import raster_order
-from ..sampling import check_generators, check_given, check_sampling, guide, sample
+from ..sampling import check_generators, check_given, check_sampling, guide
 from ..schedules import guidance_weight
+from .decoding import autoregress, check_length
 
 # Modulations of so many (class, position) pairs are computed at a time: enough rows that reading the
 # weights costs little beside the arithmetic, few enough to stay small in memory.
@@ -183,68 +184,43 @@ class RAR(ModelMixin, ConfigMixin):
             InputError: a label, token or setting that means nothing.
         """
         config = self.config
+        temperature = config.temperature if temperature is None else temperature
+        decoder = self.decoder(labels, guidance_scale, guidance_power, num_tokens)
+        check_sampling(temperature, top_k, top_p)
+        check_generators(generators, decoder.batch)
+        check_given(tokens, token_mask, decoder.batch, config.num_tokens, config.vocab_size)
+        yield from autoregress(
+            decoder,
+            generators,
+            decoder.num_tokens,
+            temperature,
+            top_k,
+            top_p,
+            tokens,
+            token_mask,
+            noise,
+        )
+
+    @torch.no_grad()
+    def decoder(
+        self,
+        labels: Tensor,
+        guidance_scale: float | None = None,
+        guidance_power: float | None = None,
+        num_tokens: int | None = None,
+    ) -> RARDecoder:
+        """The model bound to its classes, for the loops of `decoding` and `acceleration`.
+
+        Raises:
+            InputError: more tokens than the model has positions, or no such class.
+        """
+        config = self.config
         count = num_tokens or config.num_tokens
+        check_length(count, config.num_tokens)
+        check_labels(labels, config.num_classes)
         scale = config.guidance_scale if guidance_scale is None else guidance_scale
         power = config.guidance_power if guidance_power is None else guidance_power
-        temperature = config.temperature if temperature is None else temperature
-        batch, device = len(labels), labels.device
-        if not 1 <= count <= config.num_tokens:
-            raise InputError(
-                f"This model makes 1 to {config.num_tokens} tokens, got {count}. "
-                f"Use {config.num_tokens}."
-            )
-        check_sampling(temperature, top_k, top_p)
-        check_labels(labels, config.num_classes)
-        check_generators(generators, batch)
-        check_given(tokens, token_mask, batch, config.num_tokens, config.vocab_size)
-
-        # Conditional rows, then unconditional ones, which all share the modulations of the null class.
-        guided = scale != 1
-        rows = torch.arange(batch, device=device)
-        if guided:
-            labels = torch.cat([labels, labels.new_tensor([config.num_classes])])
-            rows = torch.cat([rows, rows.new_full((batch,), batch)])
-        classes = self.classes(labels)
-        ahead = max(1, MODULATION_ROWS // len(labels))
-        cache = StaticCache(
-            len(self.blocks),
-            len(rows),
-            config.heads,
-            count + 1,
-            config.dim // config.heads,
-            classes.dtype,
-            device,
-        )
-        # Of token i as an input: where it stands and what follows.
-        places = self.positions[2:-1] + self.target_positions[1:]
-        start = (self.cls_token + self.positions[0]).expand(len(rows), -1)
-        x = torch.stack(
-            [start, classes[rows] + self.positions[1] + self.target_positions[0]], dim=1
-        )
-        drawn = torch.empty(batch, 0, dtype=torch.int64, device=device)
-        for step in range(count):
-            # The first step runs the positions 0 and 1 of the sequence, every other one position.
-            first = step + 1 if step else 0
-            if step % ahead == 0:
-                base = first
-                blocks, head = self.modulations(classes, slice(base, step + 1 + ahead))
-            here = slice(first - base, step + 2 - base)
-            for layer, block in enumerate(self.blocks):
-                x = block(x, blocks[layer][rows, here], cache, layer, first)
-            here = slice(here.stop - 1, here.stop)
-            logits = self.to_logits(x[:, -1:], head[rows, here])[:, 0].float()
-            if guided:
-                weight = guidance_weight("power-cosine", scale, step / config.num_tokens, power)
-                logits = guide(*logits.chunk(2), weight)
-            draws = None if noise is None else noise[step]
-            new = sample(logits, temperature, top_k, top_p, generators, draws)
-            if tokens is not None and step < tokens.shape[1]:
-                new = torch.where(token_mask[:, step], tokens[:, step], new)
-            drawn = torch.cat([drawn, new[:, None]], dim=1)
-            yield drawn
-            if step + 1 < count:
-                x = self.embedding(new)[:, None] + places[step]
-                x = x.repeat(2 if guided else 1, 1, 1)
+        return RARDecoder(self, labels, scale, power, count)
 
     @torch.no_grad()
     def generate(self, labels: Tensor, generators: Sequence[torch.Generator], **settings) -> Tensor:
@@ -252,3 +228,74 @@ class RAR(ModelMixin, ConfigMixin):
         for drawn in self.stream(labels, generators, **settings):
             ids = drawn
         return ids
+
+
+class RARDecoder:
+    """A RAR bound to class labels ``[B]``; see `decoding.Decoder`. Made by `RAR.decoder`."""
+
+    def __init__(self, model: RAR, labels: Tensor, scale: float, power: float, num_tokens: int):
+        config = model.config
+        self.model, self.batch, self.device = model, len(labels), labels.device
+        self.vocab_size, self.num_tokens, self.cached = config.vocab_size, num_tokens, 0
+        # Conditional rows, then unconditional ones, which all share the modulations of the null class.
+        self.guided = scale != 1
+        self.rows = torch.arange(self.batch, device=self.device)
+        if self.guided:
+            labels = torch.cat([labels, labels.new_tensor([config.num_classes])])
+            self.rows = torch.cat([self.rows, self.rows.new_full((self.batch,), self.batch)])
+        self.classes = model.classes(labels)
+        weights = [
+            guidance_weight("power-cosine", scale, step / config.num_tokens, power)
+            for step in range(num_tokens)
+        ]
+        self.weights = torch.tensor(weights, device=self.device)[:, None]
+        self.cache = StaticCache(
+            len(model.blocks),
+            len(self.rows),
+            config.heads,
+            num_tokens + 1,
+            config.dim // config.heads,
+            self.classes.dtype,
+            self.device,
+        )
+        self.base = self.stop = 0
+
+    def modulations(self, first: int, end: int) -> tuple[list[Tensor], Tensor]:
+        """`RAR.modulations` from ``self.base`` on, made for many positions at a time."""
+        if not self.base <= first < end <= self.stop:
+            ahead = max(1, MODULATION_ROWS // len(self.classes))
+            self.base, self.stop = first, max(end, first + ahead)
+            self.made = self.model.modulations(self.classes, slice(self.base, self.stop))
+        return self.made
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor, cached: int, count: int) -> Tensor:
+        model = self.model
+        # A sequence is [cls, class, tokens]: place j stands at position j + 1, place 0 at 0 and 1.
+        first, end = cached + 1 if cached else 0, ids.shape[1] + 2
+        # Of token i as an input: where it stands and what follows.
+        at, after = slice(max(first, 2), end), slice(max(first - 1, 1), end - 1)
+        x = model.embedding(ids[:, max(first - 2, 0) :])
+        x = (x + model.positions[at] + model.target_positions[after]).repeat(
+            2 if self.guided else 1, 1, 1
+        )
+        if first == 0:
+            start = (model.cls_token + model.positions[0]).expand(len(x), 1, -1)
+            classes = self.classes[self.rows] + model.positions[1] + model.target_positions[0]
+            x = torch.cat([start, classes[:, None], x], dim=1)
+        blocks, head = self.modulations(first, end)
+        here = slice(first - self.base, end - self.base)
+        for layer, block in enumerate(model.blocks):
+            x = block(x, blocks[layer][self.rows, here], self.cache, layer, first)
+        here = slice(here.stop - count, here.stop)
+        logits = model.to_logits(x[:, -count:], head[self.rows, here]).float()
+        if self.guided:
+            weights = self.weights[end - 1 - count : end - 1]
+            logits = guide(*logits.chunk(2), weights)
+        return logits
+
+    def repeat(self, batch: int) -> RARDecoder:
+        other = copy.copy(self)
+        rows = torch.arange(len(self.rows), device=self.device).repeat_interleave(batch)
+        other.batch, other.rows, other.cache = batch, self.rows[rows], self.cache.select(rows)
+        return other

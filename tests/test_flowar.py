@@ -70,16 +70,20 @@ def test_a_scale_does_not_see_the_finer_ones(model, labels):
     assert not torch.allclose(before[:, 5:], after[:, 5:])
 
 
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_cached_sampling_equals_full_recomputation(model, labels, scale):
+GUIDANCE = [(1.0, "linear"), (3.0, "linear"), (3.0, "constant")]
+
+
+@pytest.mark.parametrize(("scale", "schedule"), GUIDANCE)
+def test_cached_sampling_equals_full_recomputation(model, labels, scale, schedule):
     noise = [torch.randn(1, 3, p * p, CHANNELS) for p in SCALES]
     settings = {"guidance_scale": scale, "guidance_high": 0.5, "noise": noise}
+    settings["guidance_schedule"] = schedule
     result = model.generate(labels, streams(0, 1, 2), **STEPS, **settings)
     null = torch.full_like(labels, CLASSES)
     inputs = torch.zeros(3, 20, CHANNELS)
     for k, (side, here) in enumerate(zip(SCALES, model.places, strict=True)):
         halves = [model.features(inputs, each)[:, here] for each in (labels, null)]
-        weight = guidance_weight("linear", scale, k / 2)
+        weight = guidance_weight(schedule, scale, k / 2)
 
         def velocity(x, t, k=k, halves=halves, weight=weight):
             both = [model.velocity(x, torch.full((3,), t), z, k) for z in halves]

@@ -71,15 +71,19 @@ def test_a_cell_does_not_see_later_ones_but_their_time_and_its_own(model, labels
     assert not torch.allclose(model.velocity(cells, earlier, labels)[:, 3], before[:, 3])
 
 
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_cached_sampling_equals_full_recomputation(model, labels, scale):
+GUIDANCE = [(1.0, "linear"), (3.0, "linear"), (3.0, "constant")]
+
+
+@pytest.mark.parametrize(("scale", "schedule"), GUIDANCE)
+def test_cached_sampling_equals_full_recomputation(model, labels, scale, schedule):
     noise = torch.randn(4, 1, 3, 4, CHANNELS)
     settings = {"sampler": "euler", "guidance_scale": scale, "noise": noise}
+    settings["guidance_schedule"] = schedule
     result = model.generate(labels, streams(0, 1, 2), **STEPS, **settings)
     cells = torch.zeros(3, 4, 4, CHANNELS)
     null = torch.full_like(labels, CLASSES)
     for cell in range(4):
-        weight = guidance_weight("linear", scale, cell / 3)
+        weight = guidance_weight(schedule, scale, cell / 3)
 
         def velocity(x, t, cell=cell, weight=weight):
             cells[:, cell] = x

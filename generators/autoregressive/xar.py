@@ -159,6 +159,7 @@ class XAR(ModelMixin, ConfigMixin):
         generators: Sequence[torch.Generator],
         num_steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance_schedule: str = "linear",
         sampler: str = "euler-maruyama",
         time_shift: float = 1.0,
         tokens: Tensor | None = None,
@@ -173,8 +174,9 @@ class XAR(ModelMixin, ConfigMixin):
             labels: classes ``[B]``.
             generators: one an item.
             num_steps: for each cell.
-            guidance_scale: at the last cell, 1 or more; it grows linearly from 1 at the first, which
-                needs no unconditional half.
+            guidance_scale: at the last cell, 1 or more; 1 runs no unconditional half.
+            guidance_schedule: over the cells. The published "linear" begins with 1, so that the first
+                cell needs no unconditional half.
             sampler: "euler-maruyama" (the published one), "euler", "heun" or "midpoint".
             time_shift: above 1, more steps at high noise.
             tokens, token_mask: ``[B, num_tokens, latent_dim]`` kept where the mask
@@ -222,9 +224,10 @@ class XAR(ModelMixin, ConfigMixin):
             return self.transformer(x, here, cache=store, position=cell * size)
 
         def velocity(x: Tensor, t: float, cell: int, weight: float) -> Tensor:
-            # The first cell is not guided and sees no other: neither null rows nor a cache.
-            v = self.output(run(x, t, cell, rows if cell else rows[:batch])).float()
-            if weight != 1:
+            # The first cell sees no other: where it is not guided, neither null rows nor a cache.
+            wanted = rows[:batch] if cell == 0 and weight == 1 else rows
+            v = self.output(run(x, t, cell, wanted)).float()
+            if len(wanted) > batch:
                 v = guide(*v.chunk(2), weight)
             return v if tokens is None else hold(v, x, t, given[:, cell], kept[:, cell])
 
@@ -232,7 +235,7 @@ class XAR(ModelMixin, ConfigMixin):
             if cell:
                 # The keys and values of the cell before once more, now clean.
                 run(cells[:, cell - 1], 0.0, cell - 1, rows)
-            weight = guidance_weight("linear", scale, cell / max(count - 1, 1))
+            weight = guidance_weight(guidance_schedule, scale, cell / max(count - 1, 1))
             if noise is None:
                 shape = (1 + num_step_draws(sampler, times), size, config.latent_dim)
                 draws = draw("normal", shape, generators, device).transpose(0, 1)

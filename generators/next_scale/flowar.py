@@ -319,6 +319,7 @@ class FlowAR(ModelMixin, ConfigMixin):
         generators: Sequence[torch.Generator],
         num_steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance_schedule: str = "linear",
         guidance_high: float | None = None,
         sampler: str = "euler",
         time_shift: float = 1.0,
@@ -334,7 +335,8 @@ class FlowAR(ModelMixin, ConfigMixin):
             labels: classes ``[B]``.
             generators: one an item.
             num_steps: for each scale; see `sampling_times`.
-            guidance_scale: at the last scale, 1 or more; it grows linearly from 1 at the first.
+            guidance_scale: at the last scale, 1 or more; 1 runs no unconditional half.
+            guidance_schedule: over the scales; the published "linear" begins with 1.
             guidance_high: the time, 0 to 1, above which nothing is guided.
             sampler: "euler" (the published one), "heun", "midpoint" or "euler-maruyama".
             time_shift: above 1, more steps at high noise.
@@ -379,7 +381,7 @@ class FlowAR(ModelMixin, ConfigMixin):
         for scale, (side, here) in enumerate(zip(config.patch_nums, self.places, strict=True)):
             features = self.transformer(x, modulations, cache=cache, position=here.start)
             features = features + self.output_positions[here]
-            weight = guidance_weight("linear", cfg, scale / last)
+            weight = guidance_weight(guidance_schedule, cfg, scale / last)
             velocity = self._velocity(features, batch, weight, high, embedded, self.rope(here))
             if tokens is not None:
                 target, known = (a[scale].flatten(2).mT for a in (targets, kept))

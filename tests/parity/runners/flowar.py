@@ -51,6 +51,7 @@ def sample(case):
         [torch.Generator() for _ in labels],
         num_steps=args["num_steps"],
         guidance_scale=args["cfg"],
+        guidance_schedule=args["cfg_schedule"],
         guidance_high=args["guidance_high"],
         noise=[draw[None] for draw, *_ in case.noise],
     )

@@ -206,7 +206,7 @@ class _FlexAR(ModelMixin, ConfigMixin):
 
     def check_length(self, num_tokens: int | None) -> int:
         """How many tokens are wanted; None is all of them."""
-        count = num_tokens or self.config.num_tokens
+        count = self.config.num_tokens if num_tokens is None else num_tokens
         check_length(count, self.config.num_tokens)
         return count
 

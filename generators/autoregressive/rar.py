@@ -215,7 +215,7 @@ class RAR(ModelMixin, ConfigMixin):
             InputError: more tokens than the model has positions, or no such class.
         """
         config = self.config
-        count = num_tokens or config.num_tokens
+        count = config.num_tokens if num_tokens is None else num_tokens
         check_length(count, config.num_tokens)
         check_labels(labels, config.num_classes)
         scale = config.guidance_scale if guidance_scale is None else guidance_scale

@@ -310,12 +310,11 @@ class ENAT(ModelMixin, ConfigMixin):
             before = visible if visible.shape[1] else None
             log_p = logits.log_softmax(-1)
 
+            # Of every hidden token: for each id, and in the last column for its confidence.
             uniform = draw("uniform", (masked.shape[1], vocab + 1), generators, ids.device)
             noise = gumbel(uniform)
-            drawn = log_p
-            if heat:
-                drawn = log_p + max(heat * left, MIN_TEMPERATURE) * noise[..., :vocab]
-            drawn = drawn.argmax(-1)
+            now = max(heat * left, MIN_TEMPERATURE) if heat else 0.0
+            drawn = (log_p + now * noise[..., :vocab]).argmax(-1)
             ids = ids.scatter(1, masked, drawn)
             yield ids
             score = log_p.gather(-1, drawn[..., None])[..., 0] + mask_heat * left * noise[..., -1]

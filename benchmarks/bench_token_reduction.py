@@ -21,7 +21,6 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -32,6 +31,7 @@ from ..kernels.tokens.todre import select_diverse
 from ..kernels.tokens.tome import match_bipartite
 from ..kernels.tokens.tome_sd import match_grid
 from ..modalities.files import atomic_path
+from ..tokenizers.image.flextok import DecoderBlock
 from .measure import processor
 
 
@@ -147,22 +147,22 @@ def least_seconds(functions: list[Callable[[], Any]], device: str, repeats: int)
 
 
 def extra_bytes(function: Callable[[], Any], device: str) -> int:
-    """Most bytes that a call holds at once, without those of its result."""
+    """Most bytes that a call has allocated at once, less those of its result."""
     function()
     if device == "cuda":
-        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         result = function()
-        peak, after = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+        extra = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
         del result
-        return peak - before - (after - before)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
+        return extra
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         result = function()
     del result
     now = peak = 0
-    events = [event for event in record.events() if event.name == "[memory]"]
-    for event in sorted(events, key=lambda event: event.time_range.start):
-        now += event.cpu_memory_usage
+    # Summaries count what an operator keeps; only the raw events have every allocation.
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
         peak = max(peak, now)
     return peak - now
 
@@ -228,34 +228,38 @@ def measure(sizes: Sizes, device: str = "cpu", repeats: int = 5) -> list[dict[st
 
 @torch.no_grad()
 def measure_blocks(sizes: Sizes, device: str = "cpu", repeats: int = 3) -> list[dict[str, Any]]:
-    """A whole transformer block without and with merging: self-attention alone, and with the MLP."""
+    """A block of FlexTok's flow decoder without and with merging: in attention, and in the MLP too."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    block = BasicTransformerBlock(sizes.width, sizes.width // 64, 64, activation_fn="geglu")
-    block = block.to(device, dtype).eval()
+    block = DecoderBlock(sizes.width, 64, 4.0).to(device, dtype).eval()
+    modulation = 0.1 * torch.randn(1, 2, 6, sizes.width, device=device, dtype=dtype)
     rows = []
     for tokens in sizes.blocks:
-        x = torch.randn(sizes.batch, tokens, sizes.width, device=device, dtype=dtype)
+        # The picture's tokens and 64 of its condition.
+        x = torch.randn(sizes.batch, tokens + 64, sizes.width, device=device, dtype=dtype)
 
-        def merged(method: str, mlp: bool, x: Tensor = x) -> Callable[[], Tensor]:
+        def plain(x: Tensor = x, tokens: int = tokens) -> Tensor:
+            return block(x, None, modulation, tokens)
+
+        def merged(method: str, mlp: bool, plain: Callable[[], Tensor] = plain) -> Callable:
             def run() -> Tensor:
                 with apply_token_merging(block, method, 0.5, merge_mlp=mlp, min_tokens=0):
-                    return block(x)
+                    return plain()
 
             return run
 
         settings = [(m, mlp) for m in ("tome_sd", "pitome") for mlp in (False, True)]
-        functions = [lambda x=x: block(x), *(merged(m, mlp) for m, mlp in settings)]
-        plain, *others = least_seconds(functions, device, repeats)
+        functions = [plain, *(merged(m, mlp) for m, mlp in settings)]
+        alone, *others = least_seconds(functions, device, repeats)
         for (method, mlp), seconds in zip(settings, others, strict=True):
             rows.append(
                 {
                     "tokens": tokens,
                     "method": method,
                     "on": "attention and MLP" if mlp else "attention",
-                    "plain_seconds": plain,
+                    "plain_seconds": alone,
                     "seconds": seconds,
-                    "gain": plain / seconds,
+                    "gain": alone / seconds,
                 }
             )
     return rows

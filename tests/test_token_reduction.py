@@ -9,6 +9,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
 from tessera.benchmarks import bench_token_reduction as bench
+from tessera.generators.next_scale.var import VAR
 from tessera.kernels.tokens import matching, reference
 from tessera.kernels.tokens.assignment import Assignment, compact, merge, unmerge
 from tessera.kernels.tokens.attention import attention_columns, attention_sized
@@ -40,6 +41,7 @@ from tessera.kernels.tokens.tome import match_bipartite, match_kth, match_random
 from tessera.kernels.tokens.tome_sd import match_grid
 from tessera.modalities.errors import InputError
 from tessera.tests.tiny import tiny_pipeline, tiny_tokenizer
+from tessera.tokenizers.quantizers.residual import MultiScaleResidualVQ
 
 LENGTHS = (1, 2, 7, 8, 63, 64, 65, 1000)
 MODES = ("mean", "sum", "amax", "wavg", "prune")
@@ -501,6 +503,31 @@ def test_apply_to_diffusers_blocks():
     assert torch.equal(model(x), before)
 
 
+@torch.no_grad()
+def test_apply_to_var_merges_the_last_scale():
+    model = VAR(
+        vocab_size=16, code_dim=4, patch_nums=(1, 2, 4), num_classes=3, dim=32, depth=2, heads=2
+    ).eval()
+    model.init_weights()
+    quantizer = MultiScaleResidualVQ(16, 4, (1, 2, 4))
+
+    def logits():
+        found = []
+        hook = model.head.register_forward_hook(lambda module, args, y: found.append(y))
+        draws = [torch.Generator().manual_seed(0)]
+        ids = model.generate(torch.tensor([1]), draws, quantizer, top_k=0, top_p=0.0)
+        hook.remove()
+        return [ids, *found]
+
+    before = logits()
+    with apply_token_merging(model, "tome_sd", 0.5, merge_mlp=True, min_tokens=16) as merging:
+        after = logits()
+        assert merging.merged == 2  # Both blocks, at 4 x 4 tokens alone.
+    assert all(torch.equal(a, b) for a, b in zip(before[1:3], after[1:3], strict=True))
+    assert not torch.equal(before[3], after[3])
+    assert all(torch.equal(a, b) for a, b in zip(before, logits(), strict=True))
+
+
 BAD = [
     lambda m: match_bipartite(m, -1),
     lambda m: match_bipartite(m[0], 1),
@@ -538,6 +565,7 @@ BAD = [
     lambda m: apply_token_merging(tiny_tokenizer(), "other"),
     lambda m: apply_token_merging(tiny_tokenizer(), ratio=1.0),
     lambda m: apply_token_merging(tiny_tokenizer(), reuse=0),
+    lambda m: apply_token_merging(BasicTransformerBlock(16, 2, 8), merge_attn=False),
     lambda m: apply_token_merging(tiny_pipeline().generator),  # FlexAR: one token at a time.
 ]
 
@@ -602,7 +630,7 @@ def test_published_forms_of_the_benchmark():
 
 def test_benchmark_counts_memory_and_writes_tables():
     held = bench.extra_bytes(lambda: (torch.ones(250_000) * 2).sum(), "cpu")
-    assert 2_000_000 <= held < 2_001_000  # Both, at the product; the sum is the result.
+    assert 2_000_000 <= held < 2_001_000  # The ones and the twos.
     sizes = bench.Sizes(
         batch=1, side=8, channels=16, features=(24, 8), picks=4, blocks=(64,), width=64
     )

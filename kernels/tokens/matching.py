@@ -14,7 +14,7 @@ from torch import Tensor
 from ...modalities.errors import InputError
 from ..linear import linear
 
-SOURCE_TILE, TARGET_TILE = 256, 1024
+SOURCE_TILE, TARGET_TILE = 1024, 512
 
 
 def check_metric(metric: Tensor, name: str = "metric") -> None:
@@ -102,6 +102,7 @@ def best_match_torch(
                 better = value > top
                 torch.where(better, value, top, out=top)
                 torch.where(better, index.add_(t), place, out=place)
+                del scores  # Before the next tile is made.
     if valid is not None:
         best.masked_fill_(~valid.gather(1, sources), -torch.inf)
     return best, where

@@ -24,7 +24,7 @@ from .tome_sd import match_grid
 
 # Tokens from which a block gains, by device type: measured on a CPU, see docs/token_reduction.md;
 # elsewhere the shortest length at which published measurements show a gain over fused attention.
-MIN_TOKENS = {"cpu": 1024}
+MIN_TOKENS = {"cpu": 256}
 MIN_TOKENS_ELSEWHERE = 2048
 
 
@@ -36,18 +36,20 @@ class MergeLayout:
     raster order.
 
     Attributes:
-        attention, cross_attention, mlp: names of sub-modules that map ``[B, N, D]`` to the same.
+        attention, cross_attention, mlp: names of sub-modules that map ``[B, N, D]`` to the same; None
+            where a block has none that may merge.
         count: the block's argument that says how many tokens are the picture's; None = all.
     """
 
-    attention: str
-    mlp: str
+    attention: str | None
+    mlp: str | None
     cross_attention: str | None = None
     count: str | None = None
 
 
-# By full name: kernels import no models.
+# By full name: kernels import no models. VAR's attention fills a cache, one entry a token.
 LAYOUTS = {
+    "tessera.generators.next_scale.var.Block": MergeLayout(None, "mlp"),
     "tessera.tokenizers.image.flextok.DecoderBlock": MergeLayout("attn", "mlp", count="patches"),
     "diffusers.models.attention.BasicTransformerBlock": MergeLayout("attn1", "ff", "attn2"),
 }
@@ -66,8 +68,7 @@ class TokenMerging:
         self,
         model: nn.Module,
         match: Callable[[Tensor, tuple[int, int]], Assignment | None],
-        blocks: list[tuple[nn.Module, MergeLayout]],
-        sublayers: tuple[bool, bool, bool],
+        blocks: list[tuple[nn.Module, MergeLayout, list[str]]],
         hw: tuple[int, int] | None,
         max_downsample: int,
         min_tokens: int | None,
@@ -76,14 +77,13 @@ class TokenMerging:
         self.model, self.match, self.hw = model, match, hw
         self.max_downsample, self.min_tokens, self.reuse = max_downsample, min_tokens, reuse
         self.blocks, self.merged = len(blocks), 0
-        self.current: Assignment | None = None
+        self.current: Assignment | None = None  # Of the block that runs now.
+        self.last: Assignment | None = None
         self.tokens = 0
         self.wrapped: list[nn.Module] = []
         self.hooks = []
-        for index, (block, layout) in enumerate(blocks):
-            names = (layout.attention, layout.cross_attention, layout.mlp)
-            chosen = [name for name, on in zip(names, sublayers, strict=True) if on and name]
-            for name in chosen:
+        for index, (block, layout, names) in enumerate(blocks):
+            for name in names:
                 self._wrap(getattr(block, name), keys=name == layout.attention)
             before = self._before(block, layout, index)
             self.hooks.append(block.register_forward_pre_hook(before, with_kwargs=True))
@@ -107,7 +107,6 @@ class TokenMerging:
 
     def _before(self, block: nn.Module, layout: MergeLayout, index: int) -> Callable[..., None]:
         signature = inspect.signature(block.forward)
-        last: dict[str, Assignment] = self.__dict__.setdefault("last", {})
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             bound = signature.bind(*args, **kwargs).arguments
@@ -116,16 +115,17 @@ class TokenMerging:
             least = self.min_tokens
             if least is None:
                 least = MIN_TOKENS.get(x.device.type, MIN_TOKENS_ELSEWHERE)
-            grid = self._grid(self.tokens)
             self.current = None
-            if self.tokens < least or grid is None:
+            if self.tokens < least:
                 return
-            old = last.get("assignment")
+            grid = self._grid(self.tokens)
+            if grid is None:
+                return
+            old = self.last
             if index % self.reuse and old is not None and old.row.shape == (len(x), self.tokens):
                 self.current = old
             else:
-                self.current = self.match(x[:, : self.tokens], grid)
-                last["assignment"] = self.current
+                self.current = self.last = self.match(x[:, : self.tokens], grid)
             if self.current is not None:
                 self.merged += 1
 
@@ -207,8 +207,9 @@ def apply_token_merging(
 ) -> TokenMerging:
     """Merge tokens inside the blocks of a model; applying again replaces the settings.
 
-    Works on FlexTok's flow decoder and on every diffusers model of ``BasicTransformerBlock`` s.
-    Models that write one token at a time under a causal mask (FlexAR) have no tokens to merge.
+    Works on FlexTok's flow decoder, on VAR (its MLPs, at the scales that are long enough), and on
+    every diffusers model of ``BasicTransformerBlock`` s. Models that write one token at a time under a
+    causal mask (FlexAR) have no tokens to merge.
 
     Args:
         method: "tome_sd" (a destination in each cell), "pitome" (by energy), or "dymu" (as many as
@@ -240,15 +241,20 @@ def apply_token_merging(
     if reuse < 1:
         raise InputError(f"reuse must be 1 or more, got {reuse}.")
     known = {**LAYOUTS, **(layouts or {})}
+    chosen = (merge_attn, merge_crossattn, merge_mlp)
     blocks = []
     for module in model.modules():
-        name = f"{type(module).__module__}.{type(module).__qualname__}"
-        if name in known:
-            blocks.append((module, known[name]))
-    if not blocks:
+        layout = known.get(f"{type(module).__module__}.{type(module).__qualname__}")
+        if layout is not None:
+            names = (layout.attention, layout.cross_attention, layout.mlp)
+            blocks.append(
+                (module, layout, [n for n, on in zip(names, chosen, strict=True) if on and n])
+            )
+    if not any(names for _, _, names in blocks):
         raise InputError(
-            f"{type(model).__name__} has no block in which tokens can merge: this is for flow "
-            "decoders and diffusion transformers; pass layouts for blocks of your own."
+            f"{type(model).__name__} has no such sub-layer in which tokens can merge: this is for "
+            "flow decoders, diffusion transformers and, with merge_mlp, VAR; pass layouts for blocks "
+            "of your own."
         )
 
     def match(x: Tensor, grid: tuple[int, int]) -> Assignment | None:
@@ -267,7 +273,6 @@ def apply_token_merging(
         model,
         match,
         blocks,
-        (merge_attn, merge_crossattn, merge_mlp),
         hw,
         max_downsample,
         min_tokens,

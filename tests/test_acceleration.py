@@ -293,3 +293,10 @@ def test_illegal_settings_are_refused(settings, words):
 def test_only_one_item_is_shared():
     with pytest.raises(InputError, match="Only one item's prefix can be shared, got 2"):
         share_prefix(ToyDecoder(2, 5, 12), 3)
+
+
+def test_a_shared_prefix_must_be_given_to_go_on():
+    shared = share_prefix(ToyDecoder(1, 5, 12), 2, torch.arange(4)[None])
+    for loop in (speculative_jacobi, autoregress):
+        with pytest.raises(InputError, match="has read a prefix of 4 tokens"):
+            next(loop(shared, streams(0, 1), 12))

@@ -65,7 +65,11 @@ def autoregress(
         tokens, token_mask: ids ``[B, n]`` kept where the mask ``[B, n]`` is True. Kept ones use up
             their draws too, so that an item goes on as it would after drawing them itself.
         noise: Exp(1) draws ``[num_tokens, B, V]`` in place of the generators'.
+
+    Raises:
+        InputError: a decoder with a shared prefix, and no such tokens.
     """
+    _check_shared(decoder, tokens)
     drawn = torch.empty(decoder.batch, 0, dtype=torch.int64, device=decoder.device)
     for position in range(num_tokens):
         if position < decoder.cached:
@@ -140,6 +144,7 @@ def start_ids(decoder: Decoder, num_tokens: int, prefix: Tensor | None) -> Tenso
         InputError: more tokens than the decoder holds, or a prefix that does not fit.
     """
     check_length(num_tokens, decoder.num_tokens)
+    _check_shared(decoder, prefix)
     if prefix is None:
         return torch.empty(decoder.batch, 0, dtype=torch.int64, device=decoder.device)
     if prefix.ndim != 2 or len(prefix) != decoder.batch or not prefix.shape[1] < num_tokens:
@@ -159,3 +164,12 @@ def check_length(count: int, longest: int) -> None:
     """Raise InputError unless ``count`` tokens can be made."""
     if not 1 <= count <= longest:
         raise InputError(f"This model makes 1 to {longest} tokens, got {count}. Use {longest}.")
+
+
+def _check_shared(decoder: Decoder, prefix: Tensor | None) -> None:
+    count = 0 if prefix is None else prefix.shape[1]
+    if count < decoder.cached:
+        raise InputError(
+            f"This decoder has read a prefix of {decoder.cached} tokens: give the same ones to go on "
+            f"from, got {count}."
+        )

@@ -191,9 +191,10 @@ def launch(
     studio = Studio(model, Path(outputs), metadata)
     try:
         demo = build(studio)
-        serve(
+        _, url, public_url = serve(
             demo,
             studio,
+            quiet=True,
             server_name="0.0.0.0" if listen else "127.0.0.1",
             server_port=port,
             auth=login,
@@ -201,6 +202,7 @@ def launch(
             inbrowser=open_browser,
             max_file_size=max_upload,
         )
+        print(f"Tessera: {public_url or url} (Ctrl-C stops it)", flush=True)
         # After the page is up: loading would slow it down.
         studio.start()
         demo.block_thread()

@@ -109,7 +109,7 @@ class TextImageCLIP(ModelMixin, ConfigMixin):
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         super().save_pretrained(folder, **options)
         if self.bpe is not None:
-            self.bpe.save(str(Path(folder) / BPE_FILE))
+            self.bpe.save(str(Path(folder) / BPE_FILE), pretty=False)
 
     @property
     def context_length(self) -> int:

@@ -27,6 +27,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         _ONEDNN
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
+        and weight.is_contiguous()  # With a strided weight oneDNN falls to its reference code.
         and x.numel() * weight.shape[0] >= MIN_MULTIPLICATIONS
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and not torch.is_autocast_enabled("cpu")

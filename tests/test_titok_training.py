@@ -139,7 +139,7 @@ def test_two_processes_equal_one_with_the_joined_batch(recipe_of, tmp_path):
     command += ["--nproc-per-node", "2", "-m", "tessera", "train", str(tmp_path / "recipe.yaml")]
     ours = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
-        command, env=os.environ | ours, capture_output=True, text=True, timeout=300
+        command, env=os.environ | ours, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")

@@ -144,7 +144,7 @@ def tokenize(
     batch_size: Annotated[int, typer.Option(help="Pictures encoded together.")] = 8,
     shard_size: Annotated[int, typer.Option(help="Pictures a shard.")] = 1000,
 ) -> None:
-    """Write the tokens of all pictures as WebDataset shards, for training.
+    """Write a data set's tokens as WebDataset shards.
 
     Started again with the same arguments it goes on where it stopped. Several processes:
     torchrun --nproc-per-node 2 -m tessera tokenize DATA OUT.

@@ -6,7 +6,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,10 +27,23 @@ def seconds_of(function: Callable[[], Any], repeats: int) -> float:
     return median(times[1:])
 
 
+def _linear_flop(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * prod(x) * weight[0]
+
+
+# The operator behind `kernels.linear`.
+_ONEDNN_LINEAR = (
+    {torch.ops.mkldnn._linear_pointwise: _linear_flop}
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    else {}
+)
+
+
 def count_flop(function: Callable[[], Any]) -> int:
     """Floating-point operations of the products, convolutions and attention in a call."""
     # The counter does not know CPU's fused attention; as plain products it counts the same.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=_ONEDNN_LINEAR)
+    with sdpa_kernel(SDPBackend.MATH), counter:
         function()
     return counter.get_total_flops()
 

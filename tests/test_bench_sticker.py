@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from tessera.benchmarks import bench_sticker, measure
+from tessera.kernels.linear import linear
 from tessera.modalities.errors import InputError
 from tessera.tests.tiny import tiny_pipeline
 
@@ -20,6 +21,14 @@ def test_count_flop_of_known_operations():
         lambda: F.scaled_dot_product_attention(query, keys, keys, attn_mask=mask)
     )
     assert attention == 2 * (2 * 2 * 4 * 16 * 8)  # Scores and sums over 16 keys.
+
+
+def test_count_flop_of_large_linear_layers():
+    x, weight = torch.randn(64, 256), torch.randn(512, 256)
+    with torch.no_grad():
+        assert measure.count_flop(lambda: linear(x, weight)) == 2 * 64 * 256 * 512
+        strided = weight.T.contiguous().T
+        assert torch.allclose(linear(x, strided), x @ weight.T, atol=1e-3)
 
 
 def test_generator_bytes_by_hand():
@@ -64,7 +73,7 @@ def test_stages_and_tables(monkeypatch, tmp_path):
         assert whole["gflop"] > sum(row["gflop"] for row in parts)
     # Eight pictures need eight times the arithmetic and the same weights.
     one, eight = stages["flow decoder, 2 steps", 1], stages["flow decoder, 2 steps", 8]
-    assert eight["gflop"] == pytest.approx(8 * one["gflop"], rel=0.01)
+    assert 7 * one["gflop"] < eight["gflop"] <= 8 * one["gflop"]  # Modulations serve the batch.
     assert eight["weight_mb"] == one["weight_mb"]
     table = (tmp_path / "speed.md").read_text("utf8")
     assert "| generator, guided | 8 |" in table

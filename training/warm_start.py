@@ -94,13 +94,16 @@ def local_components(tokenizer: FlexTok, latents: Tensor) -> None:
     components, size = levels * code_dim, encoder.patch_embed.proj.in_features
     if (
         len(encoder.blocks) != 1
+        or len(tokenizer.decoder.blocks) < 2
         or rest
         or components > min(size, config.head_dim)
         or grid != encoder.patch_embed.positions.shape[0]
         or 2 * grid > 16
+        or config.encoder_dim < components + levels + code_dim + 2 * grid
+        or config.decoder_dim < size + components + levels + code_dim + 2 * grid + 1
     ):
         raise InputError(
-            "start: components needs encoder_depth 1, max_grid = latent_size / patch_size up to 8, "
+            "start: components needs encoder_depth 1, decoder_depth 2 or more, max_grid = latent_size / patch_size up to 8, "
             "num_registers a multiple of the patches, and at most as many components a patch as it "
             f"has values; got {config.num_registers} registers for {patches} patches of {size} values."
         )

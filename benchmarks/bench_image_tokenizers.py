@@ -29,16 +29,15 @@ from ..tokenizers.base import Tokenizer
 from ..weights.registry import model_info
 from .measure import count_flop, flop_rate, processor, seconds_of
 
-# One of each system, and what its published code needed on a like machine: CPU-seconds at batch 1,
+# One of each system (TA-TiTok is TiTok's network and wants a text beside the tokens), and what its published code needed on a like machine: CPU-seconds at batch 1,
 # float32, two threads, (encode, decode); None where it was not measured.
 PUBLISHED = {
     "titok-l-32": (None, None),
-    "tatitok-l-32-vq": (None, None),
-    "flextok-d12-d12": (8.5, None),
-    "karl-small": (10.0, None),
-    "comit-l": (None, None),
-    "var-vqvae": (4.0, 6.7),
-    "kl16-vae": (2.7, 5.2),
+    "flextok-d12-d12": (8.5, 25 * 2 * 4.2 + 9.2),  # 25 guided steps and the VAE.
+    "karl-small": (10.0, None),  # Of which decoding is a part.
+    "comit-b": (None, None),
+    "var-vqvae-256": (4.0, 6.7),
+    "kl16": (2.7, 5.2),
     "maskgit-vqgan": (None, None),
 }
 

@@ -91,7 +91,7 @@ class ReconstructJob(Job):
 
         tokenizer = self.studio.tokenizer(row.tokenizer)
         row.num_tokens, row.size = tokenizer.num_tokens, tokenizer.image_size
-        row.ordered = bool(tokenizer.ordered)
+        row.ordered = tokenizer.ordered or tokenizer.adaptive
         fitted = fit_image(self.picture, tokenizer.image_size, mode="contain")
         row.original = self._show(fitted)
         self.touch()
@@ -115,10 +115,11 @@ class ReconstructJob(Job):
         )
         row.psnr = [round(values[0], 1) for values in output.psnr.values()]
         if tokenizer.vocab_size is not None:
-            row.tokens = output.tokens[0].tolist()
+            # An adaptive tokenizer leaves places empty (-1).
+            row.tokens = [token for token in output.tokens[0].tolist() if token >= 0]
             bits = math.log2(tokenizer.vocab_size) / tokenizer.image_size**2
-            row.bits = [round(length * bits, 4) for length in pictures]
-        row.lengths = list(pictures)
+            row.bits = [round(used[0] * bits, 4) for used in output.used.values()]
+        row.lengths = [used[0] for used in output.used.values()]
 
     def dispose(self) -> None:
         shutil.rmtree(self.studio.scratch / self.id, ignore_errors=True)

@@ -23,11 +23,13 @@ from .seeds import noise_stream
 
 @dataclass
 class ReconstructionOutput(BaseOutput):
-    """Pictures by prefix length, the tokens int64 ``[B, N]`` and PSNR in dB of each picture."""
+    """Pictures by number of tokens, all tokens int64 ``[B, N]``, and of each picture the PSNR in dB
+    and how many tokens it took: fewer than asked where the tokenizer is adaptive."""
 
     reconstructions: dict[int, list[Image.Image]]
     tokens: Tensor
     psnr: dict[int, list[float]]
+    used: dict[int, list[int]]
 
 
 @torch.no_grad()
@@ -85,13 +87,13 @@ class ReconstructionPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         callback: Callable[[int, int], None] | None = None,
     ) -> ReconstructionOutput:
-        """Encode once, decode each prefix.
+        """Encode once and decode each prefix; an adaptive tokenizer encodes within each budget.
 
         Args:
             media: a picture (path, bytes, PIL), a list of them, or a tensor ``[B, 3, S, S]`` in
                 [-1, 1].
-            num_tokens: prefix lengths; default the powers of two and all tokens, or all tokens
-                where the tokenizer is not ordered.
+            num_tokens: prefix lengths, or budgets of an adaptive tokenizer; default the powers of
+                two and all tokens, or all tokens where the tokenizer is neither.
             seed: of the decoder noise; the same for every picture and length.
             callback: called with (lengths done, lengths).
 
@@ -99,9 +101,10 @@ class ReconstructionPipeline(DiffusionPipeline):
             InputError: a length that the tokenizer does not have, or no readable picture.
         """
         tokenizer = self.tokenizer
+        flexible = tokenizer.ordered or tokenizer.adaptive
         if num_tokens is None:
             powers = [2**i for i in range(tokenizer.num_tokens.bit_length())]
-            prefixes = [n for n in powers if n < tokenizer.num_tokens and tokenizer.ordered]
+            prefixes = [n for n in powers if n < tokenizer.num_tokens and flexible]
             num_tokens = [*prefixes, tokenizer.num_tokens]
         lengths = list(dict.fromkeys(num_tokens))
         for length in lengths:
@@ -109,7 +112,7 @@ class ReconstructionPipeline(DiffusionPipeline):
                 raise InputError(
                     f"This tokenizer decodes 1 to {tokenizer.num_tokens} tokens, got {length}."
                 )
-            if length < tokenizer.num_tokens and not tokenizer.ordered:
+            if length < tokenizer.num_tokens and not flexible:
                 raise InputError(
                     f"This tokenizer decodes only all of its {tokenizer.num_tokens} tokens, got "
                     f"{length}."
@@ -124,15 +127,23 @@ class ReconstructionPipeline(DiffusionPipeline):
                     for source in sources
                 ]
             )
-        tokens = tokenizer.encode(images.to(self.device))
-        reconstructions, psnr = {}, {}
+        images = images.to(self.device)
+        tokens = tokenizer.encode(images)
+        reconstructions, psnr, used = {}, {}, {}
         for done, length in enumerate(lengths, start=1):
+            part = tokens[:, :length]
+            used[length] = [length] * len(tokens)
+            if tokenizer.adaptive:
+                part = tokenizer.encode(images, num_tokens=length)
+                used[length] = tokenizer.lengths(part).tolist()
             decoded = decode_tokens(
-                tokenizer, tokens[:, :length], [seed] * len(tokens), num_inference_steps
+                tokenizer, part, [seed] * len(tokens), num_inference_steps
             ).clamp(-1, 1)
             error = (decoded - images.to(decoded)).square().mean((1, 2, 3))
             psnr[length] = (10 * torch.log10(4 / error.clamp(min=1e-10))).tolist()
             reconstructions[length] = to_pil(decoded)
             if callback is not None:
                 callback(done, len(lengths))
-        return ReconstructionOutput(reconstructions=reconstructions, tokens=tokens, psnr=psnr)
+        return ReconstructionOutput(
+            reconstructions=reconstructions, tokens=tokens, psnr=psnr, used=used
+        )

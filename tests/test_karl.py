@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tessera.modalities.errors import InputError
+from tessera.pipelines.reconstruction import ReconstructionPipeline
 from tessera.tokenizers.image.karl import ERRORS, KARL
 from tessera.weights.convert.karl import convert_state_dict
 from tessera.weights.loading import load_strict
@@ -173,3 +174,15 @@ def test_another_checkpoint_is_refused_by_name(tokenizer):
         convert_state_dict({"conv_in.weight": torch.zeros(1)}, {})
     with pytest.raises(InputError, match="base"):
         load_strict(tokenizer, convert_state_dict({"ema.latent_tokens": torch.zeros(1)}, {}))
+
+
+def test_reconstruction_within_budgets_says_what_was_used(tokenizer, images):
+    out = ReconstructionPipeline(tokenizer)(images, num_tokens=[4, 12])
+    for budget in (4, 12):
+        tokens = tokenizer.encode(images, num_tokens=budget)
+        assert out.used[budget] == tokenizer.lengths(tokens).tolist()
+        decoded = tokenizer.decode(tokens).clamp(-1, 1)
+        error = (decoded - images).square().mean((1, 2, 3))
+        expected = 10 * torch.log10(4 / error)
+        assert torch.allclose(torch.tensor(out.psnr[budget]), expected, atol=1e-2)
+    assert list(ReconstructionPipeline(tokenizer)(images).psnr) == [1, 2, 4, 8, 12]

@@ -16,6 +16,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..kernels.linear import linear
+
 
 def seconds_of(function: Callable[[], Any], repeats: int) -> float:
     """Median wall time of a call, after one that does not count."""
@@ -58,11 +60,12 @@ def best_seconds(function: Callable[[], Any], total: float = 1.0) -> float:
 
 
 def flop_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product or a large convolution, whichever runs faster."""
+    """FLOP/s of a large matrix product, linear layer or convolution, whichever runs fastest."""
     matrix = torch.randn(2048, 2048).to(dtype)
     pictures, kernels = torch.randn(8, 128, 64, 64).to(dtype), torch.randn(128, 128, 3, 3).to(dtype)
     functions = (
         lambda: torch.mm(matrix, matrix),
+        lambda: linear(matrix, matrix),
         lambda: torch.conv2d(pictures, kernels, padding=1),
     )
     return max(count_flop(function) / best_seconds(function) for function in functions)

@@ -31,7 +31,7 @@ from ..flow.diffusion_head import DiffusionHead
 from ..layers.adaln import layer_norm, modulate
 from ..layers.mlp import MLP
 from ..orders import random_order
-from ..sampling import check_generators, draw, guide, gumbel
+from ..sampling import check_generators, check_given_latents, draw, guide, gumbel
 from ..schedules import guidance_weight, mask_ratio, masked_counts
 from .masking import (
     check_masked_sampling,
@@ -554,7 +554,7 @@ class MaskGenKL(_MaskGen):
         latents = torch.zeros(batch, length, width, device=device)
         known = torch.zeros(batch, length, dtype=torch.bool, device=device)
         if tokens is not None or token_mask is not None:
-            _check_given(tokens, token_mask, (batch, length, width))
+            check_given_latents(tokens, token_mask, (batch, length, width))
             known = token_mask
             latents = torch.where(known[..., None], tokens * config.scale_factor, latents)
 
@@ -608,13 +608,3 @@ class MaskGenKL(_MaskGen):
 def _pick(x: Tensor, places: Tensor) -> Tensor:
     """``[B, N, C]`` at int64 ``[B, n]`` -> ``[B n, C]``."""
     return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1])).flatten(0, 1)
-
-
-def _check_given(tokens: Tensor | None, token_mask: Tensor | None, shape: Sequence[int]) -> None:
-    if tokens is None or token_mask is None:
-        raise InputError("Give tokens together with token_mask, True where they are kept.")
-    if tuple(tokens.shape) != tuple(shape) or tuple(token_mask.shape) != tuple(shape[:2]):
-        raise InputError(
-            f"tokens and token_mask must have the shapes {list(shape)} and {list(shape[:2])}, got "
-            f"{list(tokens.shape)} and {list(token_mask.shape)}."
-        )

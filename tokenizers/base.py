@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -71,6 +72,80 @@ class Tokenizer(ABC):
         if not fewest <= tokens.shape[1] <= self.num_tokens:
             counts = f"1 to {self.num_tokens}" if self.ordered else f"exactly {self.num_tokens}"
             raise InputError(f"This tokenizer decodes {counts} tokens, got {tokens.shape[1]}.")
+        if tokens.numel() and not (int(tokens.min()) >= 0 and int(tokens.max()) < self.vocab_size):
+            raise InputError(
+                f"Token ids must lie in 0 to {self.vocab_size - 1}, got "
+                f"{int(tokens.min())} to {int(tokens.max())}."
+            )
+
+
+class AudioTokenizer(ABC):
+    """Sound <-> tokens ``[B, Q, T]``: Q codebooks, one column a frame.
+
+    Attributes:
+        sample_rate: in Hz, of mono sound ``[B, 1, L]``.
+        hop: samples of a frame; L samples give ``ceil(L / hop)`` frames, which decode to
+            ``T * hop`` samples: cut the result to L.
+        num_codebooks: Q.
+        vocab_size: ids of each codebook; None for a continuous tokenizer.
+        latent_dim: width of a continuous frame ``[B, T, latent_dim]``; None for a discrete one.
+        streaming: whether pieces, encoded and decoded with their state, give what the whole gives.
+    """
+
+    sample_rate: int
+    hop: int
+    num_codebooks: int = 1
+    vocab_size: int | None
+    latent_dim: int | None = None
+    streaming: bool = False
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames a second."""
+        return self.sample_rate / self.hop
+
+    @property
+    def bitrate(self) -> float | None:
+        """Bits a second, where the tokens are discrete."""
+        if self.vocab_size is None:
+            return None
+        return self.frame_rate * self.num_codebooks * math.log2(self.vocab_size)
+
+    def num_frames(self, samples: int) -> int:
+        """Frames of a sound of so many samples."""
+        return -(-samples // self.hop)
+
+    @abstractmethod
+    def encode(self, audio: Tensor) -> Tensor:
+        """Sound ``[B, 1, L]`` in [-1, 1] -> tokens int64 ``[B, Q, T]`` (or ``[B, T, latent_dim]``)."""
+
+    @abstractmethod
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens -> sound ``[B, 1, T * hop]``, about [-1, 1], not clamped."""
+
+    def check_audio(self, audio: Tensor) -> None:
+        """Raise InputError unless audio is ``[B, 1, L]`` with L > 0 and finite values."""
+        if audio.ndim != 3 or audio.shape[1] != 1 or not audio.dtype.is_floating_point:
+            raise InputError(
+                f"This tokenizer reads float sound of shape [batch, 1, samples] at "
+                f"{self.sample_rate} Hz, got {str(audio.dtype).removeprefix('torch.')} "
+                f"{list(audio.shape)}: mix it down to one channel and resample it first."
+            )
+        if not audio.shape[-1]:
+            raise InputError("The sound has no samples: give at least one.")
+        if not bool(torch.isfinite(audio).all()):
+            raise InputError("The sound holds NaN or infinite samples: repair it first.")
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise InputError unless tokens are integer ids ``[B, Q, T]`` that this tokenizer knows."""
+        whole = not tokens.dtype.is_floating_point and tokens.dtype != torch.bool
+        if not whole or tokens.ndim != 3 or tokens.shape[1] != self.num_codebooks:
+            raise InputError(
+                f"Tokens must be whole numbers of shape [batch, {self.num_codebooks}, frames], got "
+                f"{str(tokens.dtype).removeprefix('torch.')} {list(tokens.shape)}."
+            )
+        if not tokens.shape[-1]:
+            raise InputError("There are no tokens to decode: give at least one frame.")
         if tokens.numel() and not (int(tokens.min()) >= 0 and int(tokens.max()) < self.vocab_size):
             raise InputError(
                 f"Token ids must lie in 0 to {self.vocab_size - 1}, got "

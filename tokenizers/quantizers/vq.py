@@ -88,7 +88,7 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def update(self, vectors: Tensor, ids: Tensor) -> None:
         """Move the codebook by the vectors ``[N, dim]`` of all processes and their ids ``[N]``."""
-        vectors, ids = _gather(vectors), _gather(ids)
+        vectors, ids = gather_processes(vectors), gather_processes(ids)
         share = torch.bincount(ids, minlength=self.vocab_size).float() / len(ids)
         self.usage.lerp_(share, 1 - self.decay)
         codebook = self.embedding.weight.float()
@@ -125,7 +125,7 @@ def _nearest(queries: Tensor, points: Tensor) -> Tensor:
     return linear(queries, points, -points.square().sum(-1) / 2).argmax(-1)
 
 
-def _gather(x: Tensor) -> Tensor:
+def gather_processes(x: Tensor) -> Tensor:
     """The rows of every process, in order."""
     if not (dist.is_available() and dist.is_initialized()):
         return x

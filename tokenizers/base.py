@@ -24,6 +24,11 @@ class Tokenizer(ABC):
         adaptive: whether ``encode`` itself chooses how many tokens an item gets; such a tokenizer
             has ``lengths(tokens)``, and ``encode`` takes a budget ``num_tokens``.
         image_size: side of the square picture in pixels.
+        num_frames: frames of a clip (the longest that was trained on, where the length is flexible);
+            1 for pictures.
+        temporal_patch_size: frames behind one step of the token grid.
+        causal: no frame changes the tokens of earlier ones, and the first frame is a step of its own:
+            clips have ``1 + k temporal_patch_size`` frames, and a picture is a clip of one.
     """
 
     num_tokens: int
@@ -32,15 +37,20 @@ class Tokenizer(ABC):
     ordered: bool
     adaptive: bool = False
     image_size: int
+    num_frames: int = 1
+    temporal_patch_size: int = 1
+    causal: bool = False
 
     @abstractmethod
     def encode(self, media: Tensor) -> Tensor:
-        """Media ``[B, C, H, W]`` in [-1, 1] -> tokens: int64 ``[B, num_tokens]``, or float
+        """Media ``[B, C, H, W]`` or ``[B, C, T, H, W]`` in [-1, 1] -> tokens: int64
+        ``[B, num_tokens]``, or float
         ``[B, num_tokens, latent_dim]`` of a continuous tokenizer."""
 
     @abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens ``[B, k]`` (or ``[B, k, latent_dim]``) -> media ``[B, C, H, W]``, about [-1, 1], not clamped."""
+        """Tokens ``[B, k]`` (or ``[B, k, latent_dim]``) -> media as `encode` reads it, about [-1, 1],
+        not clamped."""
 
     def check_images(self, images: Tensor) -> None:
         """Raise InputError unless images are ``[B, 3, image_size, image_size]``."""
@@ -49,6 +59,20 @@ class Tokenizer(ABC):
             raise InputError(
                 f"This tokenizer reads pictures of shape [batch, 3, {self.image_size}, "
                 f"{self.image_size}], got {list(images.shape)}: resize them first."
+            )
+
+    def check_video(self, video: Tensor) -> None:
+        """Raise InputError unless clips are ``[B, 3, T, image_size, image_size]`` with a fitting T."""
+        side, frames = self.image_size, video.shape[2] if video.ndim == 5 else 0
+        wanted = f"{self.num_frames}"
+        fits = frames == self.num_frames
+        if self.causal:
+            wanted = f"1 + {self.temporal_patch_size} k"
+            fits = frames > 0 and (frames - 1) % self.temporal_patch_size == 0
+        if video.ndim != 5 or video.shape[1] != 3 or video.shape[3:] != (side, side) or not fits:
+            raise InputError(
+                f"This tokenizer reads clips of shape [batch, 3, {wanted} frames, {side}, {side}], "
+                f"got {list(video.shape)}: resize them, or repeat the last frame."
             )
 
     def check_latents(self, latents: Tensor) -> None:

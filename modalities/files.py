@@ -1,12 +1,14 @@
-"""Files that are written whole or not at all."""
+"""Files of media: opened for reading, and written whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import InputError
 
@@ -49,3 +51,36 @@ def atomic_path(path: str | Path, overwrite: bool = True) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def media_path(source: str | Path, kind: str) -> Path:
+    """The path of a file of that kind ("picture", "recording").
+
+    Raises:
+        InputError: ``source`` is an address.
+    """
+    # One slash is enough, since Path("https://x") is "https:/x"; one letter is a Windows drive.
+    if re.match(r"data:|[a-z][a-z0-9+.-]+:/", str(source), re.IGNORECASE):
+        raise InputError(
+            f'Could not open "{str(source)[:80]}": addresses are not opened, download the '
+            f"{kind} and give its file."
+        )
+    return Path(source)
+
+
+def open_media(path: Path, name: str, kind: str) -> BinaryIO:
+    """Open a file of that kind for reading; ``name`` is what messages call it.
+
+    Raises:
+        InputError: no such file, a folder, or not allowed to read it.
+    """
+    try:
+        if path.is_dir():
+            raise InputError(f"Could not open {name}: it is a folder, give one {kind} file.")
+        if not path.is_file():
+            raise InputError(f"Could not open {name}: there is no such file, check the path.")
+        return open(path, "rb")
+    except OSError as error:
+        raise InputError(
+            f"Could not open {name[:80]}: {error.strerror}, check the path."
+        ) from error

@@ -20,7 +20,7 @@ from PIL import ExifTags, Image, ImageColor, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from .errors import InputError
-from .files import atomic_path
+from .files import atomic_path, media_path, open_media
 from .metadata import as_parameters, dump_record, parse_record
 
 MAX_PIXELS = 64_000_000
@@ -61,9 +61,9 @@ def load_image(
     if isinstance(source, bytes):
         name = name or "the picture data"
         return _prepare(_open(io.BytesIO(source), name), name, background, max_pixels)
-    path = _checked_path(source)
+    path = media_path(source, "picture")
     name = name or f'"{path}"'
-    with _open_file(path, name) as file:
+    with open_media(path, name, "picture") as file:
         return _prepare(_open(file, name), name, background, max_pixels)
 
 
@@ -254,9 +254,9 @@ def read_record(path: str | Path) -> dict[str, Any] | None:
     Raises:
         InputError: no such file, or not a picture.
     """
-    path = _checked_path(path)
+    path = media_path(path, "picture")
     name = f'"{path}"'
-    with _open_file(path, name) as file:
+    with open_media(path, name, "picture") as file:
         image = _open(file, name)
         texts = [image.info.get("tessera"), image.info.get("comment")]
         texts += [_read_user_comment(image), _read_xmp(image.info.get("xmp"))]
@@ -265,29 +265,6 @@ def read_record(path: str | Path) -> dict[str, Any] | None:
         if record is not None:
             return record
     return None
-
-
-def _checked_path(source: str | Path) -> Path:
-    # One slash is enough, since Path("https://x") is "https:/x"; one letter is a Windows drive.
-    if re.match(r"data:|[a-z][a-z0-9+.-]+:/", str(source), re.IGNORECASE):
-        raise InputError(
-            f'Could not open "{str(source)[:80]}": addresses are not opened, download the '
-            "picture and give its file."
-        )
-    return Path(source)
-
-
-def _open_file(path: Path, name: str) -> BinaryIO:
-    try:
-        if path.is_dir():
-            raise InputError(f"Could not open {name}: it is a folder, give one picture file.")
-        if not path.is_file():
-            raise InputError(f"Could not open {name}: there is no such file, check the path.")
-        return open(path, "rb")
-    except OSError as error:
-        raise InputError(
-            f"Could not open {name[:80]}: {error.strerror}, check the path."
-        ) from error
 
 
 def _open(file: BinaryIO, name: str) -> Image.Image:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..modalities.errors import InputError
 from .registry import ModelInfo
 
-PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".tar")
+PICKLED = (".pt", ".pth", ".pkl", ".bin", ".ckpt", ".tar")
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:

@@ -64,8 +64,8 @@ def speculative_jacobi(
     num_tokens: int,
     window: int = 16,
     temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
     prefix: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Write several tokens a step: guess the next ones, verify all of them in one pass, guess again.
@@ -130,7 +130,7 @@ def speculative_jacobi(
         yield ids[:, :first].clone()
 
 
-def distribution(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+def distribution(logits: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:
     """Logits ``[B, n, V]`` -> what a sampler draws from, ``[B, n, V]``; one-hot at temperature 0."""
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,14 +11,14 @@ from torch import Tensor
 from ..modalities.errors import InputError
 
 
-def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+def check_sampling(temperature: float, top_k: int | None = None, top_p: float = 1.0) -> None:
     """Raise InputError for settings that mean nothing."""
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise InputError(f"Temperature must be 0 (greedy) or more, got {temperature}.")
-    if top_k < 0:
-        raise InputError(f"top_k must be 0 (off) or more, got {top_k}.")
-    if not 0 <= top_p <= 1:
-        raise InputError(f"top_p must lie in 0 (off) to 1, got {top_p}.")
+    if top_k is not None and (isinstance(top_k, bool) or top_k != top_k // 1 or top_k < 1):
+        raise InputError(f"top_k must be a whole number of 1 or more, or None (off), got {top_k}.")
+    if not 0 < top_p <= 1:
+        raise InputError(f"top_p must lie above 0 and up to 1 (off), got {top_p}.")
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
@@ -25,17 +26,19 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     return unconditional + scale * (conditional - unconditional)
 
 
-def probabilities(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 0.0) -> Tensor:
+def probabilities(
+    logits: Tensor, temperature: float, top_k: int | None = None, top_p: float = 1.0
+) -> Tensor:
     """``[B, V]`` logits -> ``[B, V]`` probabilities after temperature, then top-k, then top-p.
 
-    ``top_k`` 0 and ``top_p`` 0 are off. Top-p drops, in ascending order, what sums to at most
+    ``top_k`` None and ``top_p`` 1 are off. Top-p drops, in ascending order, what sums to at most
     1 - top_p, and always keeps the likeliest token (Holtzman et al., arXiv 1904.09751).
     """
     logits = logits.float() / temperature
-    if 0 < top_k < logits.shape[-1]:
+    if top_k is not None and top_k < logits.shape[-1]:
         threshold = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < threshold, -torch.inf)
-    if 0 < top_p < 1:
+    if top_p < 1:
         ascending, order = logits.sort(dim=-1)
         dropped = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
         dropped[:, -1] = False
@@ -65,11 +68,28 @@ def check_given(
             f"tokens and token_mask must both have the shape [{batch}, 1 to {length}], got "
             f"{list(tokens.shape)} and {list(token_mask.shape)}."
         )
-    kept = tokens.masked_fill(~token_mask, 0)
-    if kept.numel() and not (int(kept.min()) >= 0 and int(kept.max()) < vocab_size):
+    check_mask(token_mask)
+    check_ids(tokens.masked_fill(~token_mask, 0), vocab_size)
+
+
+def check_ids(ids: Tensor, vocab_size: int) -> None:
+    """Raise InputError unless ids are whole numbers of 0 to ``vocab_size - 1``."""
+    if ids.dtype.is_floating_point or ids.dtype == torch.bool:
         raise InputError(
-            f"Token ids must lie in 0 to {vocab_size - 1}, got {int(kept.min())} to "
-            f"{int(kept.max())}."
+            f"Token ids must be whole numbers, got {str(ids.dtype).removeprefix('torch.')}."
+        )
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise InputError(
+            f"Token ids must lie in 0 to {vocab_size - 1}, got {int(ids.min())} to "
+            f"{int(ids.max())}."
+        )
+
+
+def check_mask(mask: Tensor) -> None:
+    """Raise InputError unless a mask is bool."""
+    if mask.dtype != torch.bool:
+        raise InputError(
+            f"token_mask must be bool (True = kept), got {str(mask.dtype).removeprefix('torch.')}."
         )
 
 
@@ -86,6 +106,9 @@ def check_given_latents(
             f"tokens and token_mask must have the shapes {list(shape)} and {list(shape[:2])}, got "
             f"{list(tokens.shape)} and {list(token_mask.shape)}."
         )
+    check_mask(token_mask)
+    if not bool(tokens.isfinite().all(-1).logical_or(~token_mask).all()):
+        raise InputError("Kept tokens must be finite numbers, got NaN or infinity.")
 
 
 def draw(
@@ -116,7 +139,7 @@ def gumbel(uniform: Tensor) -> Tensor:
 def sample(
     logits: Tensor,
     temperature: float,
-    top_k: int,
+    top_k: int | None,
     top_p: float,
     generators: Sequence[torch.Generator],
     noise: Tensor | None = None,

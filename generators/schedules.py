@@ -9,6 +9,31 @@ from ..modalities.errors import InputError
 GUIDANCE = ("constant", "linear", "half-linear", "cosine", "power-cosine", "flipped-cosine")
 
 
+def check_steps(num_steps: int, most: int | None = None) -> None:
+    """Raise InputError unless a sampler can take so many steps: 1 or more, ``most`` at most."""
+    if num_steps != num_steps // 1 or not 1 <= num_steps <= (num_steps if most is None else most):
+        wanted = "1 step or more" if most is None else f"1 to {most} steps"
+        raise InputError(f"Sampling takes {wanted}, got {num_steps}.")
+
+
+def check_guidance(
+    scale: float, schedule: str = "constant", power: float = 1.0, least: float = -math.inf
+) -> None:
+    """Raise InputError for guidance that means nothing.
+
+    Args:
+        scale, schedule, power: of `guidance_weight`.
+        least: the smallest scale that a sampler takes.
+    """
+    if not math.isfinite(scale):
+        raise InputError(f"The guidance scale must be a finite number (1 is off), got {scale}.")
+    if scale < least:
+        raise InputError(f"The guidance scale must be {least:g} (off) or more, got {scale}.")
+    if not 0 <= power < math.inf:
+        raise InputError(f"The guidance power must be 0 or more, got {power}.")
+    guidance_weight(schedule, scale, 0.0, power)
+
+
 def guidance_weight(schedule: str, scale: float, progress: float, power: float = 1.0) -> float:
     """The weight w of classifier-free guidance ``u + w (c - u)`` at one step.
 
@@ -61,8 +86,7 @@ def masked_counts(schedule: str, length: int, num_steps: int) -> list[int]:
     Raises:
         InputError: fewer than 1 step.
     """
-    if num_steps < 1:
-        raise InputError(f"Sampling takes 1 step or more, got {num_steps}.")
+    check_steps(num_steps)
     counts, left = [], length
     for step in range(num_steps):
         wanted = math.floor(length * mask_ratio(schedule, (step + 1) / num_steps))

@@ -34,7 +34,7 @@ _SETTING_RANGES = {
     "num_inference_steps": (1, 1_000),
     "guidance_scale": (0.0, 100.0),
     "temperature": (0.0, 100.0),
-    "top_k": (0, MAX_SEED),
+    "top_k": (1, MAX_SEED),
     "top_p": (0.0, 1.0),
     "height": (1, 16_384),
     "width": (1, 16_384),

@@ -107,8 +107,8 @@ class TextToImagePipeline(DiffusionPipeline):
         preview_steps: int = 3,
         guidance_scale: float = 3.0,
         temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
         decoder_guidance_scale: float = 1.0,
     ):
         super().__init__()
@@ -361,7 +361,7 @@ class TextToImagePipeline(DiffusionPipeline):
             num_tokens: length of the sequence, 1 to `num_tokens`: short is coarse and quick.
             num_inference_steps: steps of the flow decoder.
             guidance_scale: how strongly the prompt is followed; 1 is off and twice as quick.
-            temperature, top_k, top_p: of the token sampler; 0 is greedy, off and off.
+            temperature, top_k, top_p: of the token sampler; temperature 0 is greedy.
             style: one of `styles`.
             generator: a list, one a picture, makes each picture independent of the batch.
             tokens, token_mask: ids ``[B, n]`` kept where the mask is True (default: all n), for

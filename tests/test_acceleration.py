@@ -67,7 +67,7 @@ def exact(decoder: ToyDecoder, settings: dict) -> dict[tuple, float]:
     found = {}
     for ids in itertools.product(range(one.vocab_size), repeat=one.num_tokens):
         logits = one(torch.tensor([ids[:-1]]), 0, one.num_tokens)
-        p = distribution(logits, settings["temperature"], settings.get("top_k", 0), 0.0)[0]
+        p = distribution(logits, settings["temperature"], settings.get("top_k"), 1.0)[0]
         found[ids] = math.prod(float(p[i, token]) for i, token in enumerate(ids))
     return found
 
@@ -278,7 +278,7 @@ def test_closing_leaves_the_model_as_it_was(models):
         ({"window": 0}, "window must hold 1 guess or more, got 0"),
         ({"num_tokens": 13}, "1 to 12 tokens, got 13"),
         ({"temperature": -1.0}, "Temperature must be 0"),
-        ({"top_k": -1}, "top_k must be 0"),
+        ({"top_k": 0}, "top_k must be a whole number of 1 or more, or None"),
         ({"generators": streams(0)}, "one random generator an item: 2, got 1"),
         ({"prefix": torch.zeros(2, 12).long()}, "prefix must have the shape"),
         ({"prefix": torch.full((2, 3), 5)}, "Token ids must lie in 0 to 4"),

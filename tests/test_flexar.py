@@ -124,8 +124,8 @@ def test_save_and_load_are_exact(model, text, tmp_path):
     [
         ({"num_tokens": 13}, "1 to 12 tokens, got 13"),
         ({"temperature": -1.0}, "Temperature must be 0"),
-        ({"top_k": -1}, "top_k must be 0"),
-        ({"top_p": 1.5}, "top_p must lie in 0"),
+        ({"top_k": 0}, "top_k must be a whole number of 1 or more, or None"),
+        ({"top_p": 1.5}, "top_p must lie above 0"),
         ({"null_features": None}, "Guidance needs null_features"),
     ],
 )
@@ -148,7 +148,7 @@ def test_top_k_and_top_p_keep_what_they_should():
 
 def test_draws_follow_the_probabilities():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).expand(4000, -1)
-    ids = sample(logits, 1.0, 0, 0.0, streams(*range(4000)))
+    ids = sample(logits, 1.0, None, 1.0, streams(*range(4000)))
     expected = logits[0].exp() * 4000
     chi_square = ((ids.bincount(minlength=4) - expected).square() / expected).sum()
     assert chi_square < 16.3  # The 0.1 % point of 3 degrees of freedom.

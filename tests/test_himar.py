@@ -225,8 +225,8 @@ def test_bfloat16_is_close(model, labels, tokens):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"num_steps": 0}, "1 to 16 steps in this phase, got 0"),
-        ({"pivot_steps": 5}, "1 to 4 steps in this phase, got 5"),
+        ({"num_steps": 0}, "1 to 16 steps, got 0"),
+        ({"pivot_steps": 5}, "1 to 4 steps, got 5"),
         ({"temperature": -1.0}, "Temperature must be 0"),
         ({"diffusion_steps": 1}, "Diffusion takes 2 to 1000 steps, got 1"),
         ({"guidance_schedule": "steep"}, 'Unknown guidance schedule "steep"'),

@@ -171,7 +171,7 @@ def test_bfloat16_is_close(model, labels, tokens):
     [
         ({"num_tokens": N + 1}, f"1 to {N} tokens, got {N + 1}"),
         ({"temperature": -1.0}, "Temperature must be 0"),
-        ({"top_k": -1}, "top_k must be 0"),
+        ({"top_k": 0}, "top_k must be a whole number of 1 or more, or None"),
         ({"labels": torch.tensor([0, 1, CLASSES + 1])}, "Class labels must lie in 0 to 4"),
         ({"labels": torch.zeros(3)}, "whole numbers"),
         ({"generators": streams(0)}, "one random generator an item: 3, got 1"),

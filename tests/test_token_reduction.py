@@ -515,7 +515,9 @@ def test_apply_to_var_merges_the_last_scale():
         found = []
         hook = model.head.register_forward_hook(lambda module, args, y: found.append(y))
         draws = [torch.Generator().manual_seed(0)]
-        ids = model.generate(torch.tensor([1]), draws, quantizer, top_k=0, top_p=0.0)
+        ids = model.generate(
+            torch.tensor([1]), draws, quantizer, top_k=quantizer.vocab_size, top_p=1.0
+        )
         hook.remove()
         return [ids, *found]
 

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from ...modalities.errors import InputError
-from ..sampling import check_generators, check_sampling, draw, probabilities, sample
+from ..sampling import (
+    check_generators,
+    check_ids,
+    check_sampling,
+    draw,
+    probabilities,
+    sample,
+)
 
 
 class Decoder(Protocol):
@@ -52,8 +59,8 @@ def autoregress(
     generators: Sequence[torch.Generator],
     num_tokens: int,
     temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
     tokens: Tensor | None = None,
     token_mask: Tensor | None = None,
     noise: Tensor | None = None,
@@ -93,8 +100,8 @@ def branch(
     num_samples: int = 1,
     prefix: Tensor | None = None,
     temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Continue every item once, and branch into several candidates at the last token alone.
 
@@ -116,7 +123,7 @@ def branch(
     check_sampling(temperature, top_k, top_p)
     check_generators(generators, decoder.batch)
     ids = start_ids(decoder, num_tokens, prefix)
-    choices = min(top_k or decoder.vocab_size, decoder.vocab_size)
+    choices = decoder.vocab_size if top_k is None else min(top_k, decoder.vocab_size)
     if not 1 <= num_samples <= choices:
         raise InputError(
             f"The last token can branch into 1 to {choices} samples, got {num_samples}."
@@ -152,11 +159,7 @@ def start_ids(decoder: Decoder, num_tokens: int, prefix: Tensor | None) -> Tenso
             f"The prefix must have the shape [{decoder.batch}, 0 to {num_tokens - 1}], got "
             f"{list(prefix.shape)}."
         )
-    if prefix.numel() and not 0 <= int(prefix.min()) <= int(prefix.max()) < decoder.vocab_size:
-        raise InputError(
-            f"Token ids must lie in 0 to {decoder.vocab_size - 1}, got {int(prefix.min())} to "
-            f"{int(prefix.max())}."
-        )
+    check_ids(prefix, decoder.vocab_size)
     return prefix
 
 

@@ -20,10 +20,12 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...modalities.errors import InputError
+from ..base import ImageGenerator
 from ..cache import StaticCache
-from ..conditioning.classes import check_labels, drop_labels
+from ..conditioning.classes import check_labels, drop_labels, embed_labels, null_labels
 from ..layers.attention import causal_attention
 from ..sampling import check_generators, check_given, check_sampling, guide
+from ..schedules import check_guidance
 from .decoding import autoregress, check_length
 
 
@@ -119,8 +121,13 @@ class TextProjection(nn.Module):
         return self.fc2(F.gelu(self.fc1(features), approximate="tanh"))
 
 
-class _FlexAR(ModelMixin, ConfigMixin):
+class _FlexAR(ImageGenerator, ModelMixin, ConfigMixin):
     """What the models of text and of classes share."""
+
+    unit = "token"
+
+    def num_yields(self, num_tokens: int | None = None, num_steps: int | None = None) -> int:
+        return self.num_tokens if num_tokens is None else num_tokens
 
     def build(
         self,
@@ -192,7 +199,7 @@ class _FlexAR(ModelMixin, ConfigMixin):
         decoder: FlexARDecoder,
         generators: Sequence[torch.Generator],
         temperature: float,
-        top_k: int,
+        top_k: int | None,
         top_p: float,
         tokens: Tensor | None,
         token_mask: Tensor | None,
@@ -265,6 +272,8 @@ class FlexAR(_FlexAR):
         embedding_dropout: on the input embeddings, in training.
     """
 
+    condition = "text"
+
     @register_to_config
     def __init__(
         self,
@@ -293,6 +302,19 @@ class FlexAR(_FlexAR):
             embedding_dropout,
             text=True,
         )
+
+    def text_condition(
+        self, tower: nn.Module, texts: Sequence[str], null_texts: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """What `stream` reads of texts and of their negatives, by a tower with ``text_features``."""
+        features, mask = tower.text_features([*texts, *null_texts])
+        n = len(texts)
+        return {
+            "text_features": features[:n],
+            "text_mask": mask[:n],
+            "null_features": features[n:],
+            "null_mask": mask[n:],
+        }
 
     def logits(self, tokens: Tensor, text_features: Tensor, text_mask: Tensor) -> Tensor:
         """Teacher-forced logits ``[B, n, V]`` of positions 0..n-1 given ids ``[B, n - 1]``."""
@@ -331,8 +353,8 @@ class FlexAR(_FlexAR):
         null_mask: Tensor | None = None,
         guidance_scale: float = 3.0,
         temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
         tokens: Tensor | None = None,
         token_mask: Tensor | None = None,
     ) -> Iterator[Tensor]:
@@ -371,6 +393,7 @@ class FlexAR(_FlexAR):
             InputError: more tokens than the model has positions, or guidance without the empty prompt.
         """
         count, batch = self.check_length(num_tokens), len(text_features)
+        check_guidance(guidance_scale)
         if guidance_scale != 1:
             if null_features is None or null_mask is None:
                 raise InputError("Guidance needs null_features and null_mask, of the empty prompt.")
@@ -434,7 +457,7 @@ class FlexARClass(_FlexAR):
 
     def starts(self, labels: Tensor) -> Tensor:
         """Labels ``[B]`` (``num_classes`` = null) -> the start of each sequence ``[B, D]``."""
-        return self.start + F.embedding(labels, F.pad(self.class_embedding.weight, (0, 0, 0, 1)))
+        return self.start + embed_labels(F.pad(self.class_embedding.weight, (0, 0, 0, 1)), labels)
 
     def logits(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Teacher-forced logits ``[B, n, V]`` of positions 0..n-1 given ids ``[B, n - 1]``."""
@@ -469,9 +492,10 @@ class FlexARClass(_FlexAR):
             InputError: more tokens than the model has positions, or no such class.
         """
         count, batch = self.check_length(num_tokens), len(labels)
+        check_guidance(guidance_scale)
         check_labels(labels, self.config.num_classes)
         if guidance_scale != 1:
-            labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
+            labels = torch.cat([labels, null_labels(labels, self.config.num_classes)])
         return self.make_decoder(self.starts(labels), None, None, batch, guidance_scale, count)
 
     @torch.no_grad()
@@ -482,8 +506,8 @@ class FlexARClass(_FlexAR):
         num_tokens: int | None = None,
         guidance_scale: float = 1.5,
         temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
         tokens: Tensor | None = None,
         token_mask: Tensor | None = None,
     ) -> Iterator[Tensor]:

@@ -166,8 +166,8 @@ class MambaLM(ModelMixin, ConfigMixin):
         generators: Sequence[torch.Generator],
         num_tokens: int,
         temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
     ) -> Iterator[Tensor]:
         """Yield new ids ``[B]``, one after the other.
 

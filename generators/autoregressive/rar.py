@@ -21,12 +21,13 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...kernels.linear import Linear
+from ..base import ImageGenerator
 from ..cache import StaticCache
-from ..conditioning.classes import check_labels, drop_labels
+from ..conditioning.classes import check_labels, drop_labels, embed_labels, null_labels
 from ..layers.adaln import CausalAdaLNBlock, layer_norm, modulate
 from ..orders import raster_order
 from ..sampling import check_generators, check_given, check_sampling, guide
-from ..schedules import guidance_weight
+from ..schedules import check_guidance, guidance_weight
 from .decoding import autoregress, check_length
 
 # Modulations of so many (class, position) pairs are computed at a time: enough rows that reading the
@@ -34,7 +35,7 @@ from .decoding import autoregress, check_length
 MODULATION_ROWS = 64
 
 
-class RAR(ModelMixin, ConfigMixin):
+class RAR(ImageGenerator, ModelMixin, ConfigMixin):
     """Class label -> token ids in raster order. The defaults are the published rar_b.
 
     Ids 0 to ``vocab_size - 1`` are tokens, the next is unused, then follow the classes and the null
@@ -45,6 +46,8 @@ class RAR(ModelMixin, ConfigMixin):
         label_dropout: how often training replaces the class by the null class.
         guidance_scale, guidance_power, temperature: of sampling, unless `stream` is told others.
     """
+
+    unit = "token"
 
     @register_to_config
     def __init__(
@@ -74,6 +77,9 @@ class RAR(ModelMixin, ConfigMixin):
         self.head_adaln = Linear(dim, 2 * dim)
         self.head = Linear(dim, vocab_size)
 
+    def num_yields(self, num_tokens: int | None = None, num_steps: int | None = None) -> int:
+        return self.num_tokens if num_tokens is None else num_tokens
+
     def init_weights(self) -> None:
         """Truncated normal 0.02, biases zero; modulations zero."""
         for name, parameter in self.named_parameters():
@@ -84,7 +90,7 @@ class RAR(ModelMixin, ConfigMixin):
 
     def classes(self, labels: Tensor) -> Tensor:
         """Labels ``[B]`` (``num_classes`` = null) -> embeddings ``[B, D]``."""
-        return self.embedding(self.config.vocab_size + 1 + labels)
+        return embed_labels(self.embedding.weight[self.config.vocab_size + 1 :], labels)
 
     def modulations(self, classes: Tensor, positions: slice) -> tuple[list[Tensor], Tensor]:
         """Class embeddings ``[B, D]`` -> of each block ``[B, T, 6 D]``, of the head ``[B, T, 2 D]``.
@@ -163,8 +169,8 @@ class RAR(ModelMixin, ConfigMixin):
         guidance_scale: float | None = None,
         guidance_power: float | None = None,
         temperature: float | None = None,
-        top_k: int = 0,
-        top_p: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
         tokens: Tensor | None = None,
         token_mask: Tensor | None = None,
         noise: Tensor | None = None,
@@ -220,6 +226,7 @@ class RAR(ModelMixin, ConfigMixin):
         check_labels(labels, config.num_classes)
         scale = config.guidance_scale if guidance_scale is None else guidance_scale
         power = config.guidance_power if guidance_power is None else guidance_power
+        check_guidance(scale, "power-cosine", power)
         return RARDecoder(self, labels, scale, power, count)
 
     @torch.no_grad()
@@ -241,7 +248,7 @@ class RARDecoder:
         self.guided = scale != 1
         self.rows = torch.arange(self.batch, device=self.device)
         if self.guided:
-            labels = torch.cat([labels, labels.new_tensor([config.num_classes])])
+            labels = torch.cat([labels, null_labels(labels, config.num_classes, count=1)])
             self.rows = torch.cat([self.rows, self.rows.new_full((self.batch,), self.batch)])
         self.classes = model.classes(labels)
         weights = [

@@ -26,7 +26,7 @@ from ..cache import StaticCache
 from ..layers.mlp import GatedMLP
 from ..layers.rope import Rope, RopeAttention, rope_tables
 from ..sampling import check_generators, check_given, check_sampling, draw, guide, sample
-from ..schedules import guidance_weight
+from ..schedules import check_guidance, guidance_weight
 
 
 def window_places(grid: Sequence[int], window: Sequence[int]) -> Tensor:
@@ -286,8 +286,8 @@ class TokenShuffleAR(ModelMixin, ConfigMixin):
         guidance_scale: float | None = None,
         guidance_schedule: str = "half-linear",
         temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
         tokens: Tensor | None = None,
         token_mask: Tensor | None = None,
     ) -> Iterator[Tensor]:
@@ -307,6 +307,7 @@ class TokenShuffleAR(ModelMixin, ConfigMixin):
         scale = config.guidance_scale if guidance_scale is None else guidance_scale
         batch, (count, size) = len(prompts), self.places.shape
         check_sampling(temperature, top_k, top_p)
+        check_guidance(scale, guidance_schedule)
         check_generators(generators, batch)
         check_given(tokens, token_mask, batch, self.num_tokens, config.vocab_size)
         if tokens is not None:

@@ -24,14 +24,15 @@ from torch import Tensor, nn
 from ...kernels.linear import Linear
 from ...modalities.errors import InputError
 from ...tokenizers.quantizers.dimension_wise import DimensionWiseQuantizer
+from ..base import ImageGenerator
 from ..cache import StaticCache
-from ..conditioning.classes import check_labels, drop_labels
+from ..conditioning.classes import check_labels, drop_labels, embed_labels, null_labels
 from ..layers.adaln import CausalAdaLNBlock, layer_norm, modulate
 from ..layers.vit import ViTBlock
 from ..masked.masking import normal_mask_ratio
 from ..orders import random_order
 from ..sampling import check_generators, check_given, check_sampling, draw, guide, sample
-from ..schedules import guidance_weight, masked_counts
+from ..schedules import check_guidance, check_steps, guidance_weight, masked_counts
 
 # Modulations of so many (token, channel) pairs are computed at a time: enough rows that reading the
 # weights costs little beside the arithmetic, few enough to stay small in memory.
@@ -118,13 +119,13 @@ class DimensionHead(nn.Module):
             for layer, block in enumerate(self.blocks):
                 x = block(x, blocks[layer][:, here], cache, layer, j)
             logits = self.outputs[j](self.final(x, end[:, here])[:, 0]).float()
-            ids.append(sample(logits, temperature, 0, 0.0, (), noise[:, j]))
+            ids.append(sample(logits, temperature, None, 1.0, (), noise[:, j]))
             if j + 1 < channels:
                 x = self.embeddings[j](ids[-1])[:, None]
         return torch.stack(ids, dim=1)
 
 
-class TokenBridge(ModelMixin, ConfigMixin):
+class TokenBridge(ImageGenerator, ModelMixin, ConfigMixin):
     """Class label -> ids of every channel of every token. The defaults are the published large model.
 
     Args:
@@ -201,6 +202,14 @@ class TokenBridge(ModelMixin, ConfigMixin):
             decoder_dim, head_dim, head_depth, head_heads, channels, levels, mlp_ratio
         )
 
+    @property
+    def num_tokens(self) -> int:
+        return self.config.num_tokens * self.config.channels
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.levels
+
     def init_weights(self) -> None:
         """Xavier for matrices, normal 0.02 for tables, zero for biases and modulations (as MAR)."""
         tables = ("embedding.weight", "positions", "token", "class", "timesteps")
@@ -212,9 +221,24 @@ class TokenBridge(ModelMixin, ConfigMixin):
             elif parameter.ndim == 2:
                 nn.init.xavier_uniform_(parameter)
 
+    def check_quantizer(self, quantizer: DimensionWiseQuantizer) -> None:
+        """Raise InputError unless a tokenizer's quantizer has the generator's levels."""
+        if not isinstance(quantizer, DimensionWiseQuantizer):
+            raise InputError(
+                f"TokenBridge needs a dimension-wise quantizer, got a {type(quantizer).__name__}."
+            )
+        ours, theirs = (
+            (q.vocab_size, q.low, q.high, q.std_range) for q in (self.quantizer, quantizer)
+        )
+        if ours != theirs:
+            raise InputError(
+                f"This generator writes {ours[0]} levels over {ours[1]} to {ours[2]}, the tokenizer "
+                f"has {theirs[0]} over {theirs[1]} to {theirs[2]}: they do not fit."
+            )
+
     def classes(self, labels: Tensor) -> Tensor:
         """Labels ``[B]`` (``num_classes`` = null) -> embeddings ``[B, D]``."""
-        return F.embedding(labels, torch.cat([self.class_embedding.weight, self.null_class]))
+        return embed_labels(torch.cat([self.class_embedding.weight, self.null_class]), labels)
 
     def features(self, values: Tensor, visible: Tensor, wanted: Tensor, classes: Tensor) -> Tensor:
         """The masked transformer.
@@ -306,17 +330,17 @@ class TokenBridge(ModelMixin, ConfigMixin):
         schedule = config.guidance_schedule if guidance_schedule is None else guidance_schedule
         temperature = config.temperature if temperature is None else temperature
         batch, length, device = len(labels), config.num_tokens, labels.device
-        check_sampling(temperature, 0, 0.0)
+        check_sampling(temperature)
+        check_guidance(scale, schedule)
         check_labels(labels, config.num_classes)
         check_generators(generators, batch)
         check_given(tokens, token_mask, batch, length * config.channels, config.levels)
         steps = config.num_steps if num_steps is None else num_steps
-        if not 1 <= steps <= length:
-            raise InputError(f"Sampling takes 1 to {length} steps, got {steps}.")
+        check_steps(steps, length)
 
         guided = scale != 1
         if guided:
-            labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])
+            labels = torch.cat([labels, null_labels(labels, config.num_classes)])
         classes = self.classes(labels)
         if orders is None:
             orders = random_order(length, generators, device)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from ...kernels.linear import Linear
 from ...modalities.errors import InputError
-from ..conditioning.classes import check_labels, drop_labels
+from ..base import ImageGenerator
+from ..conditioning.classes import check_labels, drop_labels, embed_labels, null_labels
 from ..flow.samplers import (
     evaluation_times,
     flow_times,
@@ -34,10 +35,10 @@ from ..layers.rope_adaln import RopeAdaLNTransformer, init_weights
 from ..layers.time import TimeEmbedding
 from ..orders import cell_order
 from ..sampling import check_generators, check_given_latents, draw, guide
-from ..schedules import guidance_weight
+from ..schedules import check_guidance, guidance_weight
 
 
-class XAR(ModelMixin, ConfigMixin):
+class XAR(ImageGenerator, ModelMixin, ConfigMixin):
     """Class label -> continuous tokens ``[B, num_tokens, latent_dim]``. The defaults are xAR-B.
 
     Args:
@@ -96,6 +97,10 @@ class XAR(ModelMixin, ConfigMixin):
     def cell_tokens(self) -> int:
         return self.config.cell_size**2
 
+    def num_yields(self, num_tokens: int | None = None, num_steps: int | None = None) -> int:
+        steps = self.config.num_steps if num_steps is None else num_steps
+        return steps * (self.num_tokens // self.cell_tokens)
+
     def init_weights(self) -> None:
         """Xavier for matrices, normal 0.02 for tables and time, zero for biases."""
         init_weights(self)
@@ -119,7 +124,7 @@ class XAR(ModelMixin, ConfigMixin):
         Returns:
             float32, of the cells' shape.
         """
-        condition = self.class_embedding(labels)[:, None] + self.time(times)
+        condition = embed_labels(self.class_embedding.weight, labels)[:, None] + self.time(times)
         modulations = self.transformer.modulations(condition[:, :, None])
         cell = torch.arange(self.num_tokens, device=cells.device) // self.cell_tokens
         x = self.input_proj(cells.to(self.dtype))
@@ -195,8 +200,7 @@ class XAR(ModelMixin, ConfigMixin):
         check_labels(labels, config.num_classes)
         check_generators(generators, batch)
         check_given_latents(tokens, token_mask, (batch, self.num_tokens, config.latent_dim))
-        if not scale >= 1:
-            raise InputError(f"The guidance scale must be 1 (off) or more, got {scale}.")
+        check_guidance(scale, guidance_schedule, least=1)
 
         # What depends on class and time alone, for all cells and steps at once; one null class serves
         # all unconditional rows. Time 0 is that of clean cells.
@@ -204,10 +208,10 @@ class XAR(ModelMixin, ConfigMixin):
         index = {t: i for i, t in enumerate(moments)}
         rows = torch.arange(batch, device=device)
         if scale != 1:
-            labels = torch.cat([labels, labels.new_tensor([config.num_classes])])
+            labels = torch.cat([labels, null_labels(labels, config.num_classes, count=1)])
             rows = torch.cat([rows, rows.new_full((batch,), batch)])
         condition = self.time(torch.tensor(moments, device=device))
-        condition = self.class_embedding(labels)[:, None] + condition
+        condition = embed_labels(self.class_embedding.weight, labels)[:, None] + condition
         modulations = self.transformer.modulations(condition)
 
         size, count = self.cell_tokens, self.num_tokens // self.cell_tokens

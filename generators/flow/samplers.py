@@ -51,7 +51,7 @@ def shift_times(times: Sequence[float], shift: float) -> list[float]:
     Raises:
         InputError: a shift that is not positive.
     """
-    if not shift > 0:
+    if not 0 < shift < math.inf:
         raise InputError(f"The time shift must be positive (1 = none), got {shift}.")
     return [shift * t / (1 + (shift - 1) * t) for t in times]
 

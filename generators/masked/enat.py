@@ -20,12 +20,12 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...kernels.linear import Linear, linear
-from ..conditioning.classes import check_labels, drop_labels
+from ..base import ImageGenerator
+from ..conditioning.classes import check_labels, drop_labels, embed_labels, null_labels
 from ..layers.adaln import layer_norm, modulate
 from ..layers.mlp import MLP
-from ..sampling import check_generators, check_given, draw, guide, gumbel
-from ..schedules import guidance_weight
-from .masking import check_masked_sampling
+from ..sampling import check_generators, check_given, check_sampling, draw, guide, gumbel
+from ..schedules import check_guidance, check_steps, guidance_weight
 
 # The temperature never falls below this, except to 0 for greedy sampling.
 MIN_TEMPERATURE = 1e-3
@@ -60,7 +60,7 @@ class ENATBlock(nn.Module):
         return torch.addcmul(x, gate2, self.mlp(modulate(layer_norm(x), shift2, scale2)))
 
 
-class ENAT(ModelMixin, ConfigMixin):
+class ENAT(ImageGenerator, ModelMixin, ConfigMixin):
     """Class label -> token ids in any order. The defaults are the published ENAT-L at 256 px.
 
     Ids 0 to ``vocab_size - 1`` are tokens, the next hides one.
@@ -122,7 +122,7 @@ class ENAT(ModelMixin, ConfigMixin):
 
     def modulations(self, labels: Tensor) -> list[Tensor]:
         """Labels ``[B]`` (``num_classes`` = null) -> of every block ``[B, 1, 8 D]``: one set a picture."""
-        condition = F.silu(self.class_embedding(labels))[:, None]
+        condition = F.silu(embed_labels(self.class_embedding.weight, labels))[:, None]
         return [block.adaln(condition) for block in (*self.encoder, *self.decoder)]
 
     def features(
@@ -241,8 +241,10 @@ class ENAT(ModelMixin, ConfigMixin):
         heat = config.temperature if temperature is None else temperature
         mask_heat = config.mask_temperature if mask_temperature is None else mask_temperature
         batch, length = len(labels), config.num_tokens
-        check_masked_sampling(heat, steps)
-        check_masked_sampling(mask_heat, steps)
+        check_sampling(heat)
+        check_sampling(mask_heat)
+        check_steps(steps)
+        check_guidance(scale)
         check_labels(labels, config.num_classes)
         check_generators(generators, batch)
         check_given(tokens, token_mask, batch, length, config.vocab_size)
@@ -288,7 +290,7 @@ class ENAT(ModelMixin, ConfigMixin):
         masked, new = places[:, :hidden], places[:, hidden:]
         modulations = self.modulations(labels)
         if scale != 1:
-            null = self.modulations(labels.new_tensor([self.config.num_classes]))
+            null = self.modulations(null_labels(labels, self.config.num_classes, count=1))
             pairs = zip(modulations, null, strict=True)
             both = [torch.cat([m, n.expand_as(m)]) for m, n in pairs]
         before = None

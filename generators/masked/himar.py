@@ -23,17 +23,17 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from ...kernels.linear import Linear
-from ...modalities.errors import InputError
-from ..conditioning.classes import check_labels, drop_labels
+from ..base import ImageGenerator
+from ..conditioning.classes import check_labels, drop_labels, embed_labels, null_labels
 from ..flow.diffusion import GaussianDiffusion, spaced_timesteps
 from ..flow.diffusion_head import TIME_FEATURES, DiffusionHead
 from ..layers.adaln import layer_norm, modulate
 from ..layers.attention import SelfAttention
 from ..layers.mlp import MLP
 from ..orders import random_order
-from ..sampling import check_generators, check_given_latents, draw, guide
-from ..schedules import guidance_weight, masked_counts
-from .masking import check_masked_sampling, normal_mask_ratio
+from ..sampling import check_generators, check_given_latents, check_sampling, draw, guide
+from ..schedules import check_guidance, check_steps, guidance_weight, masked_counts
+from .masking import normal_mask_ratio
 
 PIVOTS, PICTURE = 0, 1  # The two phases, as the tables of the transformer are indexed.
 
@@ -196,7 +196,7 @@ class DiTHead(nn.Module):
         return x
 
 
-class HiMAR(ModelMixin, ConfigMixin):
+class HiMAR(ImageGenerator, ModelMixin, ConfigMixin):
     """Class label -> pivots, then continuous tokens, in random order. The defaults are Hi-MAR-B.
 
     A sequence has a slot for each pivot, then one for each token.
@@ -286,6 +286,9 @@ class HiMAR(ModelMixin, ConfigMixin):
         self.head.init_weights()
         self.dit_head.init_weights()
 
+    def num_yields(self, num_tokens: int | None = None, num_steps: int | None = None) -> int:
+        return self.config.pivot_steps + super().num_yields(num_tokens, num_steps)
+
     @cached_property
     def process(self) -> GaussianDiffusion:
         """All 1000 steps, for training."""
@@ -293,7 +296,7 @@ class HiMAR(ModelMixin, ConfigMixin):
 
     def classes(self, labels: Tensor) -> Tensor:
         """Labels ``[B]`` (``num_classes`` = null) -> embeddings ``[B, D]``."""
-        return F.embedding(labels, torch.cat([self.class_embedding.weight, self.null_class]))
+        return embed_labels(torch.cat([self.class_embedding.weight, self.null_class]), labels)
 
     def modulations(self, phase: int) -> tuple[list[Tensor], list[Tensor]]:
         """Of encoder and decoder; the same for every pass of a phase."""
@@ -486,16 +489,17 @@ class HiMAR(ModelMixin, ConfigMixin):
         ]
         batch, device = len(labels), labels.device
         count, length, width = config.num_pivots, config.num_tokens, config.latent_dim
-        for wanted, most in zip(steps, (count, length), strict=True):
-            if not 1 <= wanted <= most:
-                raise InputError(f"Sampling takes 1 to {most} steps in this phase, got {wanted}.")
-        check_masked_sampling(temperature, min(steps))
+        check_steps(steps[0], count)
+        check_steps(steps[1], length)
+        check_sampling(temperature)
+        for scale in scales:
+            check_guidance(scale, guidance_schedule)
         check_labels(labels, config.num_classes)
         check_generators(generators, batch)
         check_given_latents(pivots, pivot_mask, (batch, count, width))
         check_given_latents(tokens, token_mask, (batch, length, width))
 
-        null = torch.full_like(labels, config.num_classes)
+        null = null_labels(labels, config.num_classes)
         classes = self.classes(torch.cat([labels, null]))
         if orders is None:
             pivot_order = random_order(count, generators, device)

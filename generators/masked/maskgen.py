@@ -26,15 +26,28 @@ from torch import Tensor, nn
 from ...kernels.linear import Linear, linear
 from ...modalities.errors import InputError
 from ...tokenizers.image.tatitok import TEXT_TOWER
+from ..base import ImageGenerator
 from ..flow.diffusion import GaussianDiffusion, spaced_timesteps
 from ..flow.diffusion_head import DiffusionHead
 from ..layers.adaln import layer_norm, modulate
 from ..layers.mlp import MLP
 from ..orders import random_order
-from ..sampling import check_generators, check_given_latents, draw, guide, gumbel
-from ..schedules import guidance_weight, mask_ratio, masked_counts
+from ..sampling import (
+    check_generators,
+    check_given_latents,
+    check_sampling,
+    draw,
+    guide,
+    gumbel,
+)
+from ..schedules import (
+    check_guidance,
+    check_steps,
+    guidance_weight,
+    mask_ratio,
+    masked_counts,
+)
 from .masking import (
-    check_masked_sampling,
     draw_uniforms,
     mask_lowest,
     masked_loss,
@@ -45,6 +58,8 @@ from .masking import (
 
 if TYPE_CHECKING:
     from open_clip import CLIP
+
+    from ..conditioning.clip import TextImageCLIP
 
 
 @torch.no_grad()
@@ -64,9 +79,13 @@ def embed_text(clip: CLIP, texts: Sequence[str], tower: str = TEXT_TOWER) -> tup
     import open_clip
 
     ids = open_clip.get_tokenizer(tower, context_length=clip.context_length)(list(texts))
-    found = clip.forward_intermediates(
-        text=ids.to(clip.token_embedding.weight.device), text_indices=2, normalize=False
-    )
+    return embed_ids(clip, ids.to(clip.token_embedding.weight.device))
+
+
+@torch.no_grad()
+def embed_ids(clip: CLIP, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """`embed_text` of text tokens ``[B, L]``."""
+    found = clip.forward_intermediates(text=ids, text_indices=2, normalize=False)
     return found["text_intermediates"][0], found["text_features"]
 
 
@@ -187,8 +206,23 @@ class JointTransformer(nn.Module):
         return modulate(layer_norm(x), shift, scale)
 
 
-class _MaskGen(ModelMixin, ConfigMixin):
+class _MaskGen(ImageGenerator, ModelMixin, ConfigMixin):
     """What both kinds ask of their texts."""
+
+    condition = "text"
+
+    def text_condition(
+        self, tower: TextImageCLIP, texts: Sequence[str], null_texts: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """What `stream` reads of texts and of their negatives."""
+        features, pooled = embed_ids(tower.model, tower.tokenize([*texts, *null_texts]))
+        n = len(texts)
+        return {
+            "text_features": features[:n],
+            "pooled": pooled[:n],
+            "null_features": features[n:],
+            "null_pooled": pooled[n:],
+        }
 
     def sampling_condition(
         self,
@@ -348,7 +382,9 @@ class MaskGenVQ(_MaskGen):
         heat = config.temperature if temperature is None else temperature
         batch, length, vocab = len(text_features), config.num_tokens, config.vocab_size
         device = text_features.device
-        check_masked_sampling(heat, steps)
+        check_sampling(heat)
+        check_steps(steps)
+        check_guidance(scale, schedule, power)
         check_generators(generators, batch)
 
         guided = scale != 1
@@ -547,9 +583,9 @@ class MaskGenKL(_MaskGen):
         process = GaussianDiffusion(spaced_timesteps(kept) if isinstance(kept, int) else kept)
         batch, length, width = len(text_features), config.num_tokens, config.latent_dim
         device = text_features.device
-        if not 1 <= steps <= length:
-            raise InputError(f"Sampling takes 1 to {length} steps, got {steps}.")
-        check_masked_sampling(temperature, steps)
+        check_sampling(temperature)
+        check_steps(steps, length)
+        check_guidance(scale, guidance_schedule)
         check_generators(generators, batch)
         latents = torch.zeros(batch, length, width, device=device)
         known = torch.zeros(batch, length, dtype=torch.bool, device=device)

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from ...kernels.linear import Linear
 from ...modalities.errors import InputError
-from ..conditioning.classes import check_labels, drop_labels
+from ..base import ImageGenerator
+from ..conditioning.classes import check_labels, drop_labels, embed_labels, null_labels
 from ..layers.attention import SelfAttention
 from ..layers.mlp import MLP
 from ..layers.vit import ViTBlock
-from ..sampling import check_generators, guide, gumbel
-from ..schedules import guidance_weight
+from ..sampling import check_generators, check_sampling, guide, gumbel
+from ..schedules import check_guidance, check_steps, guidance_weight
 from .masking import (
-    check_masked_sampling,
     draw_uniforms,
     mask_lowest,
     masked_loss,
@@ -101,7 +101,7 @@ class UViT(nn.Module):
         return self.norm(x)
 
 
-class MaskGIT(ModelMixin, ConfigMixin):
+class MaskGIT(ImageGenerator, ModelMixin, ConfigMixin):
     """Class label -> token ids in any order. The defaults are the published model over TiTok-L-32.
 
     Ids 0 to ``vocab_size - 1`` are tokens, the next hides one, then follow the classes and the null
@@ -165,8 +165,8 @@ class MaskGIT(ModelMixin, ConfigMixin):
         Returns:
             ``[B, num_tokens, V]``.
         """
-        classes = self.config.vocab_size + 1 + labels[:, None]
-        x = self.embedding(torch.cat([classes, tokens], dim=1)) + self.positions
+        classes = embed_labels(self.embedding.weight[self.config.vocab_size + 1 :], labels)
+        x = torch.cat([classes[:, None], self.embedding(tokens)], dim=1) + self.positions
         return self.head(self.transformer(x)[:, 1:])
 
     def forward(
@@ -228,12 +228,14 @@ class MaskGIT(ModelMixin, ConfigMixin):
         heat = config.temperature if temperature is None else temperature
         annealing = config.softmax_annealing if softmax_annealing is None else softmax_annealing
         batch, length, vocab = len(labels), config.num_tokens, config.vocab_size
-        check_masked_sampling(heat, steps)
+        check_sampling(heat)
+        check_steps(steps)
+        check_guidance(scale, schedule, power)
         check_labels(labels, config.num_classes)
         check_generators(generators, batch)
 
         ids, masked, counts = start(batch, length, vocab, steps, labels.device, tokens, token_mask)
-        both = torch.cat([labels, torch.full_like(labels, config.num_classes)])
+        both = torch.cat([labels, null_labels(labels, config.num_classes)])
         for step in range(steps):
             if noise is None:
                 u_token, u_confidence = draw_uniforms(length, vocab, generators, labels.device)

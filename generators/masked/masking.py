@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...modalities.errors import InputError
 from ..sampling import check_given, draw, gumbel
 from ..schedules import masked_counts
 
@@ -119,11 +118,3 @@ def draw_uniforms(
         draw("uniform", (length, vocab_size), generators, device),
         draw("uniform", (length,), generators, device),
     )
-
-
-def check_masked_sampling(temperature: float, num_steps: int) -> None:
-    """Raise InputError for settings that mean nothing."""
-    if not temperature >= 0:
-        raise InputError(f"Temperature must be 0 (greedy) or more, got {temperature}.")
-    if num_steps < 1:
-        raise InputError(f"Sampling takes 1 step or more, got {num_steps}.")

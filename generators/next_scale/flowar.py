@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ...kernels.linear import Linear
 from ...modalities.errors import InputError
-from ..conditioning.classes import check_labels, drop_labels
+from ..base import ImageGenerator
+from ..conditioning.classes import check_labels, drop_labels, embed_labels, null_labels
 from ..flow.samplers import (
     check_sampler,
     evaluation_times,
@@ -37,7 +38,7 @@ from ..layers.rope import Rope, RopeAttention, rope_tables, rotate
 from ..layers.rope_adaln import RopeAdaLNBlock, RopeAdaLNTransformer, init_weights, rms_norm
 from ..layers.time import TimeEmbedding
 from ..sampling import check_generators, check_given_latents, draw, guide
-from ..schedules import guidance_weight
+from ..schedules import check_guidance, guidance_weight
 
 HEAD_DIM = 64  # of the flow head
 
@@ -167,7 +168,7 @@ class FlowHead(nn.Module):
         return self.output(modulate(rms_norm(x), shift, scale)).float()
 
 
-class FlowAR(ModelMixin, ConfigMixin):
+class FlowAR(ImageGenerator, ModelMixin, ConfigMixin):
     """Class label -> continuous tokens ``[B, num_tokens, latent_dim]``. The defaults are FlowAR-S.
 
     Args:
@@ -229,6 +230,10 @@ class FlowAR(ModelMixin, ConfigMixin):
     def num_tokens(self) -> int:
         return self.config.patch_nums[-1] ** 2
 
+    def num_yields(self, num_tokens: int | None = None, num_steps: int | None = None) -> int:
+        steps = self.config.num_steps if num_steps is None else num_steps
+        return (len(sampling_times(steps)) - 1) * len(self.config.patch_nums)
+
     @property
     def places(self) -> list[slice]:
         """Where the tokens of each scale stand in the sequence of all."""
@@ -270,7 +275,7 @@ class FlowAR(ModelMixin, ConfigMixin):
             inputs: `next_inputs`.
             labels: ``[B]``, ``num_classes`` = null.
         """
-        classes = self.class_embedding(labels)[:, None]
+        classes = embed_labels(self.class_embedding.weight, labels)[:, None]
         x = torch.cat([classes, self.input_proj(inputs.to(classes.dtype))], dim=1)
         mask = self.scales[:, None] >= self.scales
         x = self.transformer(x, self.transformer.modulations(classes), mask=mask)
@@ -358,15 +363,14 @@ class FlowAR(ModelMixin, ConfigMixin):
         check_labels(labels, config.num_classes)
         check_generators(generators, batch)
         check_given_latents(tokens, token_mask, (batch, self.num_tokens, config.latent_dim))
-        if not cfg >= 1:
-            raise InputError(f"The guidance scale must be 1 (off) or more, got {cfg}.")
+        check_guidance(cfg, guidance_schedule, least=1)
         if not 0 <= high <= 1:
             raise InputError(f"guidance_high is a time of 0 to 1, got {high}.")
 
         # What depends on the class or the time alone, once for all scales.
         if cfg != 1:
-            labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])
-        classes = self.class_embedding(labels)[:, None]
+            labels = torch.cat([labels, null_labels(labels, config.num_classes)])
+        classes = embed_labels(self.class_embedding.weight, labels)[:, None]
         modulations = self.transformer.modulations(classes)
         moments = evaluation_times(sampler, times)
         tables = self.head.embed_times(torch.tensor(moments, device=device))

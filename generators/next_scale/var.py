@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +23,15 @@ from torchvision.ops import StochasticDepth
 
 from ...kernels.linear import Linear, linear
 from ...modalities.errors import InputError
+from ...tokenizers.base import Tokenizer
 from ...tokenizers.quantizers.residual import MultiScaleResidualVQ
+from ..base import ImageGenerator
 from ..cache import StaticCache
-from ..conditioning.classes import check_labels, drop_labels
+from ..conditioning.classes import check_labels, drop_labels, embed_labels, null_labels
 from ..layers.adaln import layer_norm, modulate
 from ..layers.mlp import MLP
 from ..sampling import check_generators, check_given, check_sampling, draw, guide, sample
-from ..schedules import guidance_weight
+from ..schedules import check_guidance, guidance_weight
 
 
 class Attention(nn.Module):
@@ -116,7 +119,7 @@ class Block(nn.Module):
         return x + self.drop_path(gate2 * h)
 
 
-class VAR(ModelMixin, ConfigMixin):
+class VAR(ImageGenerator, ModelMixin, ConfigMixin):
     """Class label -> ids of all scales. The defaults are the published var_d16.
 
     Args:
@@ -127,6 +130,7 @@ class VAR(ModelMixin, ConfigMixin):
         guidance_scale, top_k, top_p: of sampling, unless `stream` is told others.
     """
 
+    unit = "scale"
     _supports_gradient_checkpointing = False
 
     @register_to_config
@@ -145,7 +149,7 @@ class VAR(ModelMixin, ConfigMixin):
         label_dropout: float = 0.1,
         drop_path: float = 0.1 * 16 / 24,
         guidance_scale: float = 2.5,
-        top_k: int = 900,
+        top_k: int | None = 900,
         top_p: float = 0.96,
     ):
         super().__init__()
@@ -168,6 +172,20 @@ class VAR(ModelMixin, ConfigMixin):
     @property
     def num_tokens(self) -> int:
         return len(self.levels)
+
+    def num_yields(self, num_tokens: int | None = None, num_steps: int | None = None) -> int:
+        return len(self.config.patch_nums)
+
+    def tokenizer_arguments(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        return {"quantizer": tokenizer.quantizer}
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        super().check_tokenizer(tokenizer)
+        if not isinstance(getattr(tokenizer, "quantizer", None), MultiScaleResidualVQ):
+            raise InputError(
+                f"VAR writes the ids of a multi-scale tokenizer; {type(tokenizer).__name__} is none."
+            )
+        self._check_quantizer(tokenizer.quantizer)
 
     def init_weights(self, gate: float = 1e-3) -> None:
         """As published: truncated normal, small modulations and head.
@@ -222,7 +240,7 @@ class VAR(ModelMixin, ConfigMixin):
             inputs: ``MultiScaleResidualVQ.next_inputs`` of the ids, ``[B, n, code_dim]``.
             labels: ``[B]``, ``num_classes`` = null.
         """
-        classes = self.class_embedding(labels)
+        classes = embed_labels(self.class_embedding.weight, labels)
         modulations, head = self.modulations(classes)
         x = self.embed(inputs, classes)
         levels = self.levels[: x.shape[1]]
@@ -288,6 +306,7 @@ class VAR(ModelMixin, ConfigMixin):
             quantizer: of the tokenizer; it turns ids into the next scale's input.
             guidance_scale: at the last scale; it grows linearly from 1 at the first. 1 runs no
                 unconditional half. (The published code's ``cfg`` is this minus 1.)
+            top_k, top_p: ``vocab_size`` and 1 keep all ids.
             tokens, token_mask: ids ``[B, n]`` kept where the mask ``[B, n]`` is True; see `token_mask`.
 
         Raises:
@@ -299,15 +318,16 @@ class VAR(ModelMixin, ConfigMixin):
         top_p = config.top_p if top_p is None else top_p
         batch, device = len(labels), labels.device
         check_sampling(temperature, top_k, top_p)
+        check_guidance(weight)
         check_labels(labels, config.num_classes)
         check_generators(generators, batch)
         check_given(tokens, token_mask, batch, self.num_tokens, config.vocab_size)
-        self._check_quantizer(quantizer)
+        self.check_quantizer(quantizer)
 
         guided = weight != 1
         if guided:
-            labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])
-        classes = self.class_embedding(labels)
+            labels = torch.cat([labels, null_labels(labels, config.num_classes)])
+        classes = embed_labels(self.class_embedding.weight, labels)
         modulations, head = self.modulations(classes)
         places = self.positions + self.level_embedding(self.levels)
         cache = StaticCache(
@@ -347,7 +367,13 @@ class VAR(ModelMixin, ConfigMixin):
             drawn = torch.cat([drawn, new], dim=1)
             yield drawn
 
-    def _check_quantizer(self, quantizer: MultiScaleResidualVQ) -> None:
+    def check_quantizer(self, quantizer: MultiScaleResidualVQ) -> None:
+        """Raise InputError unless its codes and scales are the generator's."""
+        if not isinstance(quantizer, MultiScaleResidualVQ):
+            raise InputError(
+                f"VAR needs the quantizer of a multi-scale tokenizer, got a "
+                f"{type(quantizer).__name__}."
+            )
         ours = (self.config.vocab_size, self.config.code_dim, tuple(self.config.patch_nums))
         theirs = (quantizer.vocab_size, quantizer.codebook.dim, quantizer.patch_nums)
         if ours != theirs:

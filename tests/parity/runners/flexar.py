@@ -82,7 +82,11 @@ def branching(case):
 def filtered(case):
     args = case.args
     logits = case.inputs["logits"][:, -1]
-    return {"probs": probabilities(logits, args["temperature"], args["top_k"], args["top_p"])}
+    return {
+        "probs": probabilities(
+            logits, args["temperature"], args["top_k"] or None, args["top_p"] or 1.0
+        )
+    }
 
 
 RUNNERS = {

@@ -21,7 +21,7 @@ def verification(case):
 def guidance(case):
     args = case.args
     guided = guide(*case.inputs["logits"], args["scale"])
-    prob = distribution(guided[None, None], args["temperature"], args["top_k"], 0.0)
+    prob = distribution(guided[None, None], args["temperature"], args["top_k"] or None, 1.0)
     return {"guided": guided, "prob": prob[0, 0]}
 
 

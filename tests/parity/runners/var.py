@@ -65,7 +65,9 @@ def logits(case):
 
 def filtered(case):
     values = case.inputs["logits"]
-    probs = probabilities(values.flatten(0, 1), 1.0, case.args["top_k"], case.args["top_p"])
+    probs = probabilities(
+        values.flatten(0, 1), 1.0, case.args["top_k"] or None, case.args["top_p"] or 1.0
+    )
     return {"probs": probs.view(values.shape)}
 
 
@@ -78,8 +80,8 @@ def sample_greedy(case):
         [torch.Generator() for _ in labels],
         tokenizer.quantizer,
         guidance_scale=scale,
-        top_k=case.args["top_k"],
-        top_p=case.args["top_p"],
+        top_k=case.args["top_k"] or generator.config.vocab_size,
+        top_p=case.args["top_p"] or 1.0,
     )
     inputs = tokenizer.quantizer.next_inputs(ids)
     null = torch.full_like(labels, case.args["null_label"])

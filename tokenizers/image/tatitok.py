@@ -45,8 +45,14 @@ def embed_text(clip: CLIP, texts: Sequence[str], tower: str = TEXT_TOWER) -> Ten
     import open_clip
 
     ids = open_clip.get_tokenizer(tower, context_length=clip.context_length)(list(texts))
+    return embed_ids(clip, ids.to(clip.token_embedding.weight.device))
+
+
+@torch.no_grad()
+def embed_ids(clip: CLIP, ids: Tensor) -> Tensor:
+    """`embed_text` of text tokens ``[B, L]``."""
     found = clip.forward_intermediates(
-        text=ids.to(clip.token_embedding.weight.device),
+        text=ids,
         text_indices=1,
         normalize_intermediates=True,
         intermediates_only=True,

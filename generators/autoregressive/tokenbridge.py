@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ...kernels.linear import Linear
 from ...modalities.errors import InputError
+from ...tokenizers.base import Tokenizer
 from ...tokenizers.quantizers.dimension_wise import DimensionWiseQuantizer
 from ..base import ImageGenerator
 from ..cache import StaticCache
@@ -221,19 +222,15 @@ class TokenBridge(ImageGenerator, ModelMixin, ConfigMixin):
             elif parameter.ndim == 2:
                 nn.init.xavier_uniform_(parameter)
 
-    def check_quantizer(self, quantizer: DimensionWiseQuantizer) -> None:
-        """Raise InputError unless a tokenizer's quantizer has the generator's levels."""
-        if not isinstance(quantizer, DimensionWiseQuantizer):
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        super().check_tokenizer(tokenizer)
+        theirs, ours = getattr(tokenizer, "quantizer", None), self.quantizer
+        if not isinstance(theirs, DimensionWiseQuantizer) or (
+            (theirs.low, theirs.high, theirs.std_range) != (ours.low, ours.high, ours.std_range)
+        ):
             raise InputError(
-                f"TokenBridge needs a dimension-wise quantizer, got a {type(quantizer).__name__}."
-            )
-        ours, theirs = (
-            (q.vocab_size, q.low, q.high, q.std_range) for q in (self.quantizer, quantizer)
-        )
-        if ours != theirs:
-            raise InputError(
-                f"This generator writes {ours[0]} levels over {ours[1]} to {ours[2]}, the tokenizer "
-                f"has {theirs[0]} over {theirs[1]} to {theirs[2]}: they do not fit."
+                f"TokenBridge writes levels between {ours.low} and {ours.high}; "
+                f"{type(tokenizer).__name__} has others: choose the tokenizer that it was trained on."
             )
 
     def classes(self, labels: Tensor) -> Tensor:

@@ -322,7 +322,7 @@ class VAR(ImageGenerator, ModelMixin, ConfigMixin):
         check_labels(labels, config.num_classes)
         check_generators(generators, batch)
         check_given(tokens, token_mask, batch, self.num_tokens, config.vocab_size)
-        self.check_quantizer(quantizer)
+        self._check_quantizer(quantizer)
 
         guided = weight != 1
         if guided:
@@ -367,13 +367,7 @@ class VAR(ImageGenerator, ModelMixin, ConfigMixin):
             drawn = torch.cat([drawn, new], dim=1)
             yield drawn
 
-    def check_quantizer(self, quantizer: MultiScaleResidualVQ) -> None:
-        """Raise InputError unless its codes and scales are the generator's."""
-        if not isinstance(quantizer, MultiScaleResidualVQ):
-            raise InputError(
-                f"VAR needs the quantizer of a multi-scale tokenizer, got a "
-                f"{type(quantizer).__name__}."
-            )
+    def _check_quantizer(self, quantizer: MultiScaleResidualVQ) -> None:
         ours = (self.config.vocab_size, self.config.code_dim, tuple(self.config.patch_nums))
         theirs = (quantizer.vocab_size, quantizer.codebook.dim, quantizer.patch_nums)
         if ours != theirs:

@@ -206,8 +206,11 @@ def save_animation(
     fps: float,
     record: dict[str, Any] | None = None,
     overwrite: bool = True,
+    loop: bool = True,
 ) -> None:
-    """Write frames of one size as an endless WebP, APNG (.png, .apng) or GIF, whole or not at all.
+    """Write frames of one size as a WebP, APNG (.png, .apng) or GIF, whole or not at all.
+
+    It starts again endlessly, or with ``loop`` off is played once.
 
     WebP is lossless; GIF has 256 colours and no half transparency. Equal neighbours may be stored
     as one longer frame; times never drift by more than the format's unit (1 ms, GIF 10 ms).
@@ -228,6 +231,9 @@ def save_animation(
     durations = [end - start for start, end in pairwise(ends)]
     pictures = [_without_metadata(frame) for frame in frames]
     options: dict[str, Any] = {"lossless": True} if file_format == "WEBP" else {}
+    # A GIF plays once when it says nothing of loops.
+    if loop or file_format != "GIF":
+        options["loop"] = 0 if loop else 1
     if file_format == "GIF":
         options["disposal"] = 2  # Else what was opaque once stays under later transparent frames.
     options |= _metadata_options(record, file_format, path)
@@ -238,7 +244,6 @@ def save_animation(
             save_all=True,
             append_images=pictures[1:],
             duration=durations,
-            loop=0,
             **options,
         )
         if file_format == "WEBP" and any(frame.mode == "RGBA" for frame in pictures):

@@ -145,7 +145,7 @@ def image(
 
 
 def info(
-    file: Annotated[Path, typer.Argument(help="A picture or a .tok file.")],
+    file: Annotated[Path, typer.Argument(help="A picture, sound, video or .tok file.")],
     rerun: Annotated[
         bool, typer.Option("--rerun", help="Make it again and say whether it is identical.")
     ] = False,
@@ -163,7 +163,7 @@ def info(
             raise InputError(f'"{file}" holds tokens, not a picture: use tessera decode.')
         _token_info(file, as_json)
         return
-    from ..modalities.image import read_record
+    from ..modalities.records import read_record
 
     record = read_record(file)
     if record is None:

@@ -19,6 +19,9 @@ import yaml
 
 from ..modalities.errors import InputError
 
+# Tokenizers of papers that published no weights: only those trained here can be loaded.
+TRAINED_HERE = ("tokenizers.video.phenaki:CViViT",)
+
 WEIGHTS = Path(__file__).parent
 SHIPPED = WEIGHTS / "shipped"
 PUBLISHED = WEIGHTS / "published"
@@ -87,7 +90,7 @@ def import_class(path: str) -> type:
 def tokenizer_classes() -> dict[str, str]:
     """Class name -> import path of every registered tokenizer: what a config.json may name."""
     paths = {info.model for info in _models().values() if info.task.endswith("-tokenizer")}
-    return {path.split(":")[1]: path for path in paths}
+    return {path.split(":")[1]: path for path in (*paths, *TRAINED_HERE)}
 
 
 @cache

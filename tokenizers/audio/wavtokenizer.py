@@ -237,7 +237,15 @@ class WavTokenizer(ModelMixin, ConfigMixin, AudioTokenizer):
         self.head = ISTFTHead(dim, self.hop)
 
     def init_weights(self) -> None:
-        """Vocos' start: truncated normals in the decoder, no biases."""
+        """Vocos' start in the decoder; in the encoder weights that keep the variance.
+
+        Under PyTorch's own start the signal shrinks from layer to layer below the biases, and all
+        latents are alike.
+        """
+        for module in self.encoder.modules():
+            if isinstance(module, nn.Conv1d):
+                nn.init.kaiming_normal_(module.weight)
+                nn.init.zeros_(module.bias)
         for module in self.backbone.modules():
             if isinstance(module, (nn.Conv1d, nn.Linear)):
                 nn.init.trunc_normal_(module.weight, std=0.02)

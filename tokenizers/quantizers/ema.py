@@ -27,7 +27,12 @@ class EMACodebook(nn.Module):
             batch. (The published code overwrites what it has replaced in the same step, which leaves
             its dead codes dead; here the running sums are replaced as well.)
         kmeans_iterations: rounds of k-means on the first training batch.
+
+    Attributes:
+        frozen: keep the codes as they are in training too.
     """
+
+    frozen = False
 
     def __init__(
         self,
@@ -66,13 +71,14 @@ class EMACodebook(nn.Module):
         """
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
+            learning = self.training and not self.frozen
             vectors = z.detach().flatten(0, -2)
-            if self.training and not bool(self.cluster_size.any()):
+            if learning and not bool(self.cluster_size.any()):
                 self.start(gather_processes(vectors))
             ids = self.nearest(z.detach())
             codes = self.ids_to_codes(ids)
             loss = F.mse_loss(z, codes)
-            if self.training:
+            if learning:
                 self.update(gather_processes(vectors), gather_processes(ids.flatten()))
             return z + (codes - z).detach(), ids, loss
 

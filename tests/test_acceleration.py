@@ -21,6 +21,7 @@ from tessera.generators.autoregressive.flexar import FlexAR, FlexARClass
 from tessera.generators.autoregressive.rar import RAR
 from tessera.generators.sampling import guide
 from tessera.modalities.errors import InputError
+from tessera.tests.tiny_generators import streams
 
 
 class ToyDecoder:
@@ -51,10 +52,6 @@ class ToyDecoder:
         other = copy.copy(self)
         other.batch, other.seen = batch, self.seen.repeat(batch, 1)
         return other
-
-
-def streams(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def run(decoder, generators, count, **settings) -> torch.Tensor:

@@ -18,6 +18,7 @@ from tessera.generators.autoregressive.token_shuffle import (
 from tessera.generators.sampling import guide
 from tessera.generators.schedules import guidance_weight
 from tessera.modalities.errors import InputError
+from tessera.tests.tiny_generators import streams
 
 V, TEXT, GRID = 24, 10, (3, 5)
 PROMPTS = [[1, 2, 3], [], [7]]
@@ -37,10 +38,6 @@ def model(request) -> TokenShuffleAR:
 @pytest.fixture
 def tokens() -> torch.Tensor:
     return torch.randint(0, V, (3, 15), generator=torch.Generator().manual_seed(2))
-
-
-def streams(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def test_a_window_holds_its_tokens_in_raster_order():

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from ..modalities.errors import InputError
-from ..weights.loading import check_complete, find_files, licence_notice, load_published
+from ..weights.loading import find_files, licence_notice, load_folder, load_published
 from ..weights.registry import (
     ModelInfo,
     find_model,
-    import_class,
     list_models,
     tokenizer_classes,
 )
@@ -44,7 +40,7 @@ class AutoTokenizer:
         text = str(name)
         info = find_model(text, "-tokenizer")
         if Path(text).is_dir() and (info is None or not info.shipped) and files is None:
-            return _from_folder(Path(text), options)
+            return load_folder(Path(text), "tokenizer", tokenizer_classes(), options)
         if info is None:
             known = ", ".join(list_models(task="image-tokenizer")[:8])
             raise InputError(
@@ -52,7 +48,7 @@ class AutoTokenizer:
                 '"tessera models list" shows all.'
             )
         if info.shipped:
-            return _from_folder(info.folder, options)
+            return load_folder(info.folder, "tokenizer", tokenizer_classes(), options)
         if not info.task.endswith("-tokenizer"):
             raise InputError(f'"{info.name}" is no tokenizer but a {info.task} model.')
         return _from_published(info, files)
@@ -63,32 +59,3 @@ def _from_published(info: ModelInfo, files: str | Path | None) -> Tokenizer:
     if notice is not None:
         warnings.warn(notice, stacklevel=3)
     return load_published(info, find_files(info, files))
-
-
-def _from_folder(folder: Path, options: dict[str, Any]) -> Tokenizer:
-    if (folder / "model_index.json").is_file():
-        folder = folder / "tokenizer"
-    config = folder / "config.json"
-    if not config.is_file():
-        raise InputError(f'"{folder}" holds no tokenizer: its config.json is missing.')
-    try:
-        class_name = json.loads(config.read_text(encoding="utf8"))["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f'"{config}" is not the configuration of a model.') from error
-    classes = tokenizer_classes()
-    if class_name not in classes:
-        raise InputError(
-            f'"{folder}" holds a {class_name}, which is no tokenizer: choose another folder.'
-        )
-    kind = import_class(classes[class_name])
-    try:
-        tokenizer = kind.from_pretrained(folder, **options).eval()
-        check_complete(tokenizer, folder)
-        return tokenizer
-    except InputError:
-        raise
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f'The tokenizer in "{folder}" could not be loaded ({reason}): copy it again.'
-        ) from error

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..modalities.errors import InputError
-from .registry import ModelInfo
+from .registry import ModelInfo, import_class
 
 PICKLED = (".pt", ".pth", ".pkl", ".bin", ".ckpt", ".tar")
 
@@ -115,6 +115,45 @@ def check_complete(model: nn.Module, folder: str | Path) -> None:
         )
 
 
+def load_folder(
+    folder: Path, part: str, classes: Mapping[str, str], options: Mapping[str, Any]
+) -> nn.Module:
+    """A model that ``save_pretrained`` wrote, in eval mode; of a pipeline's folder its part of that name.
+
+    Args:
+        part: what is wanted, "tokenizer" or "generator".
+        classes: import paths by class name: what the folder may hold.
+        options: of diffusers' ``from_pretrained``.
+
+    Raises:
+        InputError: another kind of model, or a damaged one.
+    """
+    if (folder / "model_index.json").is_file():
+        folder = folder / part
+    config = folder / "config.json"
+    if not config.is_file():
+        raise InputError(f'"{folder}" holds no {part}: its config.json is missing.')
+    try:
+        class_name = json.loads(config.read_text(encoding="utf8"))["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f'"{config}" is not the configuration of a model.') from error
+    if class_name not in classes:
+        raise InputError(
+            f'"{folder}" holds a {class_name}, which is no {part}: choose another folder.'
+        )
+    kind = import_class(classes[class_name])
+    try:
+        model = kind.from_pretrained(folder, **options).eval()
+        check_complete(model, folder)
+        return model
+    except InputError:
+        raise
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise InputError(
+            f'The {part} in "{folder}" could not be loaded ({_line(error)}): copy it again.'
+        ) from error
+
+
 def converter(system: str) -> Any:
     """The module ``weights/convert/<system>.py``; its ``convert_state_dict(state, config)`` renames."""
     return importlib.import_module(f"{__package__}.convert.{system}")
@@ -203,6 +242,12 @@ def find_files(info: ModelInfo, folder: str | Path | None = None) -> list[Path]:
                 ) from error
         paths.append(Path(path))
     return paths
+
+
+def is_cached(info: ModelInfo) -> bool:
+    """Whether the hub's cache holds all files of a published model."""
+    places = (_split(entry, info) for entry in info.files)
+    return all(isinstance(try_to_load_from_cache(hub_id, name), str) for name, hub_id in places)
 
 
 def _split(entry: str, info: ModelInfo) -> tuple[str, str]:

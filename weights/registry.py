@@ -48,6 +48,9 @@ class ModelInfo:
         vocab_size: ids of a discrete tokenizer; None for continuous ones.
         parameters: in millions.
         size_mb: of the weight files.
+        tokenizer: of a generator: name of the tokenizer whose tokens it writes.
+        text_tower: of a generator from text: what reads the text, "clip:NAME" of open_clip's OpenAI
+            weights or "t5:REPOSITORY" of the hub.
     """
 
     name: str
@@ -66,6 +69,8 @@ class ModelInfo:
     vocab_size: int | None = None
     parameters: float | None = None
     size_mb: float | None = None
+    tokenizer: str | None = None
+    text_tower: str | None = None
 
     @property
     def shipped(self) -> bool:
@@ -91,6 +96,13 @@ def tokenizer_classes() -> dict[str, str]:
     """Class name -> import path of every registered tokenizer: what a config.json may name."""
     paths = {info.model for info in _models().values() if info.task.endswith("-tokenizer")}
     return {path.split(":")[1]: path for path in (*paths, *TRAINED_HERE)}
+
+
+def generator_classes() -> dict[str, str]:
+    """Class name -> import path of every registered generator of pictures."""
+    infos = [info for info in _models().values() if info.task.endswith("-to-image")]
+    paths = {info.model for info in infos if info.model.startswith("generators.")}
+    return {path.split(":")[1]: path for path in paths}
 
 
 @cache
@@ -157,14 +169,22 @@ def find_model(name: str, kind: str = "") -> ModelInfo | None:
     """The row with that name or hub id (upper or lower case), if there is one.
 
     Args:
-        kind: of several models in one repository, one whose task ends so comes first ("-tokenizer").
+        kind: of several models in one repository only those whose task ends so ("-tokenizer"), if
+            there are any.
+
+    Raises:
+        InputError: a hub id that several models share.
     """
     wanted = str(name).lower()
     models = _models()
     if wanted in models:
         return models[wanted]
     rows = [info for info in models.values() if (info.hub_id or "").lower() == wanted]
-    rows.sort(key=lambda info: not info.task.endswith(kind))
+    rows = [info for info in rows if info.task.endswith(kind)] or rows
+    if len(rows) > 1:
+        raise InputError(
+            f'"{name}" holds several models: name one of {", ".join(info.name for info in rows)}.'
+        )
     return rows[0] if rows else None
 
 

@@ -66,8 +66,8 @@ class VectorQuantizer(nn.Module):
         """Ids ``[...]`` -> codes float32 ``[..., dim]``, of length 1 under `l2_norm`."""
         return self.normalize(F.embedding(ids, self.embedding.weight).float())
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantize ``[..., dim]``.
+    def forward(self, z: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantize ``[..., dim]`` to the nearest codes, or to the codes ``ids [...]``.
 
         Returns:
             codes ``[..., dim]`` with the gradient of z, ids int64 ``[...]``, and the loss: commitment
@@ -76,7 +76,7 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             vectors = z.float()
             z = self.normalize(vectors)
-            ids = self.nearest(vectors.detach())
+            ids = self.nearest(vectors.detach()) if ids is None else ids
             codes = self.ids_to_codes(ids)
             loss = self.commitment * F.mse_loss(z, codes.detach())
             if not self.ema:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ...kernels.linear import Linear
 from ..base import AudioTokenizer
 from ..quantizers.ema import EMACodebook
+from ..quantizers.vq import codebook_use
 
 
 class SEANetConv(nn.Conv1d):
@@ -296,5 +297,5 @@ class WavTokenizer(ModelMixin, ConfigMixin, AudioTokenizer):
         loss, parts = latents.new_zeros(()), {}
         if quantize:
             latents, ids, loss = self.quantizer(latents)
-            parts = {"commitment": loss.detach(), "codes_used": ids.unique().numel()}
+            parts = {"commitment": loss.detach(), **codebook_use(ids, self.vocab_size)}
         return self.decode_features(latents.mT)[..., : audio.shape[-1]], loss, parts

@@ -111,7 +111,7 @@ def delay_template(prompt: Tensor, max_length: int, bos: int, pad: int) -> Tenso
         everywhere where ``max_length`` < 2 Q - 1 leaves no room for the pattern. The model starts
         from the columns before the first -1 of row 0.
     """
-    batch, rows, steps = prompt.shape
+    batch, rows, _ = prompt.shape
     template = prompt.new_full((batch, rows, max_length), FREE)
     if max_length < 2 * rows - 1:
         return template

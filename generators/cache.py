@@ -32,8 +32,8 @@ class StaticCache:
         self.values[layer, :, :, position:end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
-    def select(self, rows: Tensor) -> StaticCache:
-        """A cache of copies of the rows int64 ``[B']``."""
+    def select(self, rows: Tensor | slice) -> StaticCache:
+        """A cache of copies of the rows int64 ``[B']``, or of the rows of a slice themselves."""
         other = copy.copy(self)
         other.keys, other.values = self.keys[:, rows], self.values[:, rows]
         return other

@@ -104,7 +104,7 @@ class StickerPack:
         _check_choices("style", styles, STYLE_WORDS)
         _check_choices("split", splits, ("train", "val", "test"))
         self.stickers: list[Sticker] = []
-        for number, row in _json_lines(table):
+        for number, row in json_lines(table):
             try:
                 row["keywords"] = tuple(row["keywords"])
                 row["tone"] = bool(row.get("tone"))
@@ -202,7 +202,7 @@ class ImageTextFolder:
         for table in CAPTION_TABLES:
             if not (self.root / table).is_file():
                 continue
-            for number, row in _json_lines(self.root / table):
+            for number, row in json_lines(self.root / table):
                 file = row.get("file_name", row.get("file"))
                 captions = row_captions(row)
                 if not isinstance(file, str) or not captions:
@@ -236,7 +236,7 @@ class ImageTextFolder:
         captions = list(self.table.get(path, ()))
         text = path.with_suffix(".txt")
         if text.is_file():
-            captions += _lines(text.read_bytes(), f'"{text}"')
+            captions += text_lines(text.read_bytes(), f'"{text}"')
         return captions or [" ".join(path.stem.replace("_", " ").replace("-", " ").split())]
 
 
@@ -256,7 +256,7 @@ class WebDataset:
 
     def __init__(self, shards: str | Path):
         self.samples: list[dict[str, tuple[Path, int, int]]] = []
-        for shard in _expand_shards(shards):
+        for shard in expand_shards(shards):
             self.samples += _index_shard(shard)
         if not self.samples:
             raise InputError(f'No pictures in "{shards}": its members should end in .png or .jpg.')
@@ -278,7 +278,7 @@ class WebDataset:
     def captions(self, index: int) -> list[str]:
         sample = self.samples[index]
         name = f'sample {index} of "{sample["image"][0]}"'
-        captions = _lines(read_span(*sample["txt"]), name) if "txt" in sample else []
+        captions = text_lines(read_span(*sample["txt"]), name) if "txt" in sample else []
         if "json" in sample:
             try:
                 row = json.loads(read_span(*sample["json"]))
@@ -340,7 +340,7 @@ def read_span(path: Path, offset: int, length: int) -> bytes:
         raise InputError(f'Could not read "{path}": {error.strerror}, fetch it again.') from error
 
 
-def _lines(data: bytes, name: str) -> list[str]:
+def text_lines(data: bytes, name: str) -> list[str]:
     """The lines of a caption file that are not blank."""
     try:
         text = data.decode("utf-8-sig")
@@ -351,7 +351,7 @@ def _lines(data: bytes, name: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers (from 1) and rows of a jsonl file; blank lines are passed over."""
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -374,7 +374,7 @@ def row_captions(row: dict[str, Any]) -> list[str]:
     return [caption.strip() for caption in captions if isinstance(caption, str) and caption.strip()]
 
 
-def _expand_shards(shards: str | Path) -> list[Path]:
+def expand_shards(shards: str | Path) -> list[Path]:
     if Path(shards).is_dir():
         return sorted(Path(shards).glob("*.tar"))
     from webdataset.shardlists import expand_urls  # Imports torch's data loading.

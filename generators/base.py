@@ -60,8 +60,26 @@ class ImageGenerator:
         found = {}
         for name, parameter in inspect.signature(cls.stream).parameters.items():
             if name in SETTINGS:
-                found[name] = given[name] if parameter.default is None else parameter.default
+                default = parameter.default
+                found[name] = given.get(name) if default is None else default
         return found
+
+    def token_mask(self, mask: Tensor) -> Tensor:
+        """A map ``[B, p, p]`` over the grid of the picture's tokens, True = keep -> bool
+        ``[B, num_tokens]``."""
+        return mask.flatten(1)
+
+    def edit_arguments(
+        self, tokenizer: Tokenizer, picture: Tensor, kept: Tensor, mask: Tensor
+    ) -> dict[str, Tensor]:
+        """What `stream` needs beside tokens and mask to keep parts of a picture.
+
+        Args:
+            picture: ``[B, 3, S, S]`` in [-1, 1].
+            kept: bool ``[B, 1, S, S]``, its known pixels.
+            mask: the same over the grid of its tokens, bool ``[B, p, p]``.
+        """
+        return {}
 
     def tokenizer_arguments(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """What `stream` needs of the tokenizer."""

@@ -332,5 +332,10 @@ def test_another_generator_is_refused(model):
 
 
 def test_one_repository_holds_tokenizer_and_generators():
-    assert find_model("FoundationVision/var").task == "class-to-image"
-    assert find_model("FoundationVision/var", "-tokenizer").name == "var-vqvae-256"
+    for kind, names in (
+        ("-to-image", "var-d16, var-d20"),
+        ("-tokenizer", "var-vqvae-256, var-vqvae-512"),
+    ):
+        with pytest.raises(InputError, match=f"holds several models: name one of {names}"):
+            find_model("FoundationVision/var", kind)
+

@@ -24,6 +24,8 @@ class Tokenizer(ABC):
         adaptive: whether ``encode`` itself chooses how many tokens an item gets; such a tokenizer
             has ``lengths(tokens)``, and ``encode`` takes a budget ``num_tokens``.
         image_size: side of the square picture in pixels.
+        token_grid: side of the square on which a picture's tokens lie in raster order (of several
+            scales, the last one); None where they have no place in it.
         num_frames: frames of a clip (the longest that was trained on, where the length is flexible);
             1 for pictures.
         temporal_patch_size: frames behind one step of the token grid.
@@ -37,6 +39,7 @@ class Tokenizer(ABC):
     ordered: bool
     adaptive: bool = False
     image_size: int
+    token_grid: int | None = None
     num_frames: int = 1
     temporal_patch_size: int = 1
     causal: bool = False

@@ -211,6 +211,9 @@ class TokenBridge(ImageGenerator, ModelMixin, ConfigMixin):
     def vocab_size(self) -> int:
         return self.config.levels
 
+    def token_mask(self, mask: Tensor) -> Tensor:
+        return mask.flatten(1).repeat_interleave(self.config.channels, dim=1)
+
     def init_weights(self) -> None:
         """Xavier for matrices, normal 0.02 for tables, zero for biases and modulations (as MAR)."""
         tables = ("embedding.weight", "positions", "token", "class", "timesteps")

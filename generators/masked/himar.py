@@ -23,6 +23,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from ...kernels.linear import Linear
+from ...tokenizers.base import Tokenizer
 from ..base import ImageGenerator
 from ..conditioning.classes import check_labels, drop_labels, embed_labels, null_labels
 from ..flow.diffusion import GaussianDiffusion, spaced_timesteps
@@ -288,6 +289,17 @@ class HiMAR(ImageGenerator, ModelMixin, ConfigMixin):
 
     def num_yields(self, num_tokens: int | None = None, num_steps: int | None = None) -> int:
         return self.config.pivot_steps + super().num_yields(num_tokens, num_steps)
+
+    def edit_arguments(
+        self, tokenizer: Tokenizer, picture: Tensor, kept: Tensor, mask: Tensor
+    ) -> dict[str, Tensor]:
+        """The pivots of the known pixels; a pivot is kept where all tokens under it are."""
+        side = math.isqrt(self.config.num_pivots)
+        size = [length * side // mask.shape[-1] for length in picture.shape[-2:]]
+        half = F.interpolate(picture.masked_fill(~kept, 0.0), size=size, mode="area")
+        pivots = tokenizer.encode_latents(half).flatten(2).transpose(1, 2)
+        lost = F.adaptive_max_pool2d((~mask)[:, None].float(), side) > 0
+        return {"pivots": pivots, "pivot_mask": ~lost.flatten(1)}
 
     @cached_property
     def process(self) -> GaussianDiffusion:

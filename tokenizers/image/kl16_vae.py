@@ -72,6 +72,10 @@ class KL16VAE(Tokenizer, ModelMixin, ConfigMixin):
         return self.config.image_size
 
     @property
+    def token_grid(self) -> int:
+        return self.image_size // self.stride
+
+    @property
     def latent_dim(self) -> int:
         return self.config.latent_channels
 

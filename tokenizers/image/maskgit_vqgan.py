@@ -154,6 +154,10 @@ class MaskGITVQGAN(Tokenizer, ModelMixin, ConfigMixin):
         return self.grid**2
 
     @property
+    def token_grid(self) -> int:
+        return self.grid
+
+    @property
     def vocab_size(self) -> int:
         return self.config.codebook_size
 

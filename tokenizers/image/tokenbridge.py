@@ -81,6 +81,10 @@ class TokenBridgeTokenizer(Tokenizer, ModelMixin, ConfigMixin):
         return self.base.image_size
 
     @property
+    def token_grid(self) -> int | None:
+        return self.base.token_grid
+
+    @property
     def vocab_size(self) -> int:
         return self.quantizer.vocab_size
 

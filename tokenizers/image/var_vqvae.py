@@ -78,6 +78,10 @@ class MultiScaleVQVAE(Tokenizer, ModelMixin, ConfigMixin):
         return self.config.patch_nums[-1] * 2 ** (len(self.config.block_out_channels) - 1)
 
     @property
+    def token_grid(self) -> int:
+        return self.config.patch_nums[-1]
+
+    @property
     def vocab_size(self) -> int:
         return self.quantizer.vocab_size
 

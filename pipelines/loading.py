@@ -1,0 +1,51 @@
+"""Loading a pipeline folder, with one clear sentence for everything that can be wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ..modalities.errors import InputError
+from ..weights.loading import check_complete
+from ..weights.registry import resolve_model
+
+Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
+
+
+def load_folder(
+    kind: type[Pipeline],
+    from_pretrained: Callable[..., DiffusionPipeline],
+    name: str | Path,
+    **options: Any,
+) -> Pipeline:
+    """A shipped model by its plain name, a folder, or a hub id, through diffusers' own loader.
+
+    Args:
+        from_pretrained: ``DiffusionPipeline.from_pretrained`` bound to the class.
+
+    Raises:
+        InputError: nothing of that name, a damaged folder, or one of another kind.
+    """
+    path = resolve_model(name)
+    options.setdefault("dtype", torch.float32)
+    try:
+        pipeline = from_pretrained(path, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f'"{name}" could not be loaded as a {kind.__name__}: {reason}') from error
+    except Exception as error:  # safetensors raises its own error for a damaged file
+        raise InputError(
+            f'"{name}" could not be loaded: a weight file is damaged ({error}). Copy it again.'
+        ) from error
+    if not isinstance(pipeline, kind):
+        raise InputError(f'"{name}" holds a {type(pipeline).__name__}, not a {kind.__name__}.')
+    for part, model in pipeline.components.items():
+        check_complete(model, f"{name}/{part}")
+    pipeline.name = str(name)
+    return pipeline

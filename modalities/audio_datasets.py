@@ -45,7 +45,7 @@ class AudioTextDataset(Protocol):
 
 
 @dataclass(frozen=True)
-class Utterance:
+class SpeechRow:
     """One row of ``transcripts.jsonl``; ``phones`` end at the seconds in ``ends``."""
 
     id: str
@@ -64,7 +64,7 @@ class Utterance:
 
 
 @dataclass(frozen=True)
-class Sound:
+class SoundRow:
     """One row of ``sounds.jsonl``: ``kind`` is note, major, minor, scale, ..., effect or real."""
 
     id: str
@@ -77,6 +77,18 @@ class Sound:
     file: str
     offset: int
     length: int
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """A spoken sentence: samples float16 ``[T]``, who speaks, and its phones with the second in which
+    each ends."""
+
+    audio: Tensor
+    text: str
+    speaker: str
+    phones: tuple[str, ...]
+    ends: tuple[float, ...]
 
 
 class _Pack:
@@ -101,7 +113,7 @@ class SpeechPack(_Pack):
     Args:
         root: the pack's folder.
         voices: any of "kathleen", "slt", "digits"; default: those under permissive licences.
-        splits: any of "train", "test" (prompts that no voice has in "train").
+        split: "train", "test" (prompts that no voice has in "train"), or None for both.
         last_takes: of sentences that were read several times, only the last reading.
         max_align_cost: leave out rows whose phone times were fitted worse than this.
 
@@ -113,18 +125,18 @@ class SpeechPack(_Pack):
         self,
         root: str | Path,
         voices: Sequence[str] = PERMISSIVE_VOICES,
-        splits: Sequence[str] = ("train",),
+        split: str | None = "train",
         last_takes: bool = False,
         max_align_cost: float | None = None,
     ):
         self.root = Path(root)
         _check_choices("voice", voices, VOICES)
-        _check_choices("split", splits, SPLITS)
+        _check_choices("split", [split], (*SPLITS, None))
         self.rows = [
             row
-            for row in _read_table(self.root / "transcripts.jsonl", Utterance)
+            for row in _read_table(self.root / "transcripts.jsonl", SpeechRow)
             if row.voice in voices
-            and row.split in splits
+            and split in (None, row.split)
             and (row.last_take or not last_takes)
             and (max_align_cost is None or row.align_cost <= max_align_cost)
         ]
@@ -138,7 +150,7 @@ class SoundPack(_Pack):
 
     Args:
         root: the pack's folder.
-        splits: any of "train", "test".
+        split: "train", "test", or None for both.
         kinds: of sound, to keep; default: all.
 
     Raises:
@@ -148,16 +160,18 @@ class SoundPack(_Pack):
     def __init__(
         self,
         root: str | Path,
-        splits: Sequence[str] = ("train",),
+        split: str | None = "train",
         kinds: Sequence[str] | None = None,
     ):
         self.root = Path(root)
-        _check_choices("split", splits, SPLITS)
-        rows = _read_table(self.root / "sounds.jsonl", Sound)
+        _check_choices("split", [split], (*SPLITS, None))
+        rows = _read_table(self.root / "sounds.jsonl", SoundRow)
         if kinds is not None:
             _check_choices("kind of sound", kinds, sorted({row.kind for row in rows}))
         self.rows = [
-            row for row in rows if row.split in splits and (kinds is None or row.kind in kinds)
+            row
+            for row in rows
+            if split in (None, row.split) and (kinds is None or row.kind in kinds)
         ]
 
     def text(self, index: int) -> str:
@@ -318,6 +332,23 @@ def read_crop(
     return random_crop(read_mono(dataset, index, sample_rate), samples, rng)
 
 
+def load_sounds(data: dict[str, Any], sample_rate: int) -> list[Tensor]:
+    """All recordings of ``{root, options}`` in memory: float16 ``[T]`` at ``sample_rate`` Hz."""
+    dataset = open_audio_dataset(data["root"], **data.get("options", {}))
+    return [read_mono(dataset, i, sample_rate)[0].half() for i in range(len(dataset))]
+
+
+def load_utterances(data: dict[str, Any], sample_rate: int) -> list[Utterance]:
+    """All sentences of the speech pack ``{root, options}`` in memory, at ``sample_rate`` Hz."""
+    pack = SpeechPack(data["root"], **data.get("options", {}))
+    return [
+        Utterance(
+            read_mono(pack, i, sample_rate)[0].half(), row.text, row.voice, row.phones, row.ends
+        )
+        for i, row in enumerate(pack.rows)
+    ]
+
+
 def _read_table(path: Path, kind: type) -> list[Any]:
     if not path.is_file():
         raise InputError(f'"{path.parent}" is no such pack: its {path.name} is missing.')
@@ -340,7 +371,8 @@ def _json_object(data: bytes, name: str) -> dict[str, Any]:
     return row if isinstance(row, dict) else {}
 
 
-def _check_choices(what: str, values: Sequence[str], choices: Sequence[str]) -> None:
+def _check_choices(what: str, values: Sequence[Any], choices: Sequence[Any]) -> None:
     for value in values:
         if value not in choices:
-            raise InputError(f'Unknown {what} "{value}": choose from {", ".join(choices)}.')
+            known = ", ".join(str(choice) for choice in choices if choice is not None)
+            raise InputError(f'Unknown {what} "{value}": choose from {known}.')

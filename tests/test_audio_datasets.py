@@ -14,6 +14,8 @@ from tessera.modalities.audio_datasets import (
     AudioWebDataset,
     SoundPack,
     SpeechPack,
+    load_sounds,
+    load_utterances,
     open_audio_dataset,
     read_crop,
     read_mono,
@@ -83,9 +85,19 @@ def test_speech_pack(speech):
         assert audio.mean() == pytest.approx(i / 10, abs=1e-3)
     assert pack.rows[0].phones == ("pau", "ax") and pack.rows[0].ends == (0.1, 0.2)
     assert texts(SpeechPack(speech, last_takes=True, max_align_cost=0.5)) == ["Sentence 1."]
-    assert texts(SpeechPack(speech, splits=("test",))) == ["Sentence 3."]
+    assert texts(SpeechPack(speech, split="test")) == ["Sentence 3."]
     assert texts(SpeechPack(speech, voices=("digits",))) == ["Sentence 4."]
     assert isinstance(open_audio_dataset(speech, voices=("kathleen",)), SpeechPack)
+    assert len(SpeechPack(speech, split=None)) == 4
+    data = {"root": speech, "options": {"voices": ["kathleen"], "split": "test"}}
+    (utterance,) = load_utterances(data, 4000)
+    assert utterance.audio.shape == (800,) and utterance.speaker == "kathleen"
+    assert utterance.text == "Sentence 3." and utterance.phones == ("pau", "ax")
+    (sound,) = load_sounds(data, 4000)
+    assert torch.equal(sound, utterance.audio)
+    assert sound.float().mean() == pytest.approx(0.3, abs=0.01)
+    with pytest.raises(InputError, match="Unknown split"):
+        SpeechPack(speech, split="val")
     with pytest.raises(InputError, match="Unknown voice"):
         SpeechPack(speech, voices=("nobody",))
     with pytest.raises(InputError, match="missing"):
@@ -106,7 +118,7 @@ def test_sound_pack(tmp_path):
     pack = open_audio_dataset(tmp_path)
     assert isinstance(pack, SoundPack) and texts(pack) == ["a long D note"]
     assert pack.audio(0)[0].mean() == pytest.approx(0.5, abs=1e-3)
-    assert len(SoundPack(tmp_path, splits=("test",))) == 0
+    assert len(SoundPack(tmp_path, split="test")) == 0
     with pytest.raises(InputError, match="kind of sound"):
         SoundPack(tmp_path, kinds=("drum",))
 

@@ -44,11 +44,15 @@ class Tokenizer(ABC):
     temporal_patch_size: int = 1
     causal: bool = False
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Of a causal tokenizer: tokens of one step in time."""
+        return self.num_tokens // (1 + (self.num_frames - 1) // self.temporal_patch_size)
+
     @abstractmethod
     def encode(self, media: Tensor) -> Tensor:
         """Media ``[B, C, H, W]`` or ``[B, C, T, H, W]`` in [-1, 1] -> tokens: int64
-        ``[B, num_tokens]``, or float
-        ``[B, num_tokens, latent_dim]`` of a continuous tokenizer."""
+        ``[B, num_tokens]``, or float ``[B, num_tokens, latent_dim]`` of a continuous tokenizer."""
 
     @abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:
@@ -95,10 +99,14 @@ class Tokenizer(ABC):
                 f"Tokens must be whole numbers of shape [batch, count], got "
                 f"{str(tokens.dtype).removeprefix('torch.')} {list(tokens.shape)}."
             )
-        fewest = 1 if self.ordered else self.num_tokens
-        if not fewest <= tokens.shape[1] <= self.num_tokens:
-            counts = f"1 to {self.num_tokens}" if self.ordered else f"exactly {self.num_tokens}"
-            raise InputError(f"This tokenizer decodes {counts} tokens, got {tokens.shape[1]}.")
+        count, fewest = tokens.shape[1], 1 if self.ordered else self.num_tokens
+        fits = fewest <= count <= self.num_tokens
+        counts = f"1 to {self.num_tokens}" if self.ordered else f"exactly {self.num_tokens}"
+        if self.causal:
+            fits = count > 0 and count % self.tokens_per_step == 0
+            counts = f"a multiple of {self.tokens_per_step}"
+        if not fits:
+            raise InputError(f"This tokenizer decodes {counts} tokens, got {count}.")
         if tokens.numel() and not (int(tokens.min()) >= 0 and int(tokens.max()) < self.vocab_size):
             raise InputError(
                 f"Token ids must lie in 0 to {self.vocab_size - 1}, got "

@@ -1,0 +1,332 @@
+"""The tokenizer of Next Block Prediction: Video Generation via Semi-Autoregressive Modeling (Ren et al., 2025).
+
+Paper: arXiv 2502.07737. Code: MIT (RenShuhuai-Andy/NBP). Published checkpoints (no licence text of the
+weights was seen): ShuhuaiRen/NBP-tokenizer-ucf, ShuhuaiRen/NBP-tokenizer-k600.
+
+A causal 3D CNN as in MAGVIT-v2 (Yu et al., arXiv 2310.05737) around finite scalar quantization. Every
+convolution sees the past only, so a clip may be coded piece by piece with the same result: a convolution
+needs no more than its last inputs of the piece before. The first frame is a step of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from ...modalities.errors import InputError
+from ..base import Tokenizer
+from ..quantizers.fsq import FSQ
+
+# What the layers keep of the pieces before; None runs a whole clip at once.
+Past = dict[nn.Module, Tensor] | None
+# Convolutions on CPUs and GPUs are faster on this layout.
+_LAYOUT = torch.channels_last_3d
+
+
+class CausalConv3d(nn.Module):
+    """Convolution over the past; edges of pictures, and the time before the first frame, repeat."""
+
+    def __init__(
+        self, channels: int, out_channels: int, kernel: int = 3, stride: tuple[int, int] = (1, 1)
+    ):
+        super().__init__()
+        self.kernel, self.stride = kernel, stride
+        self.conv = nn.Conv3d(
+            channels, out_channels, kernel, stride=(stride[0], stride[1], stride[1])
+        )
+
+    def forward(self, x: Tensor, past: Past = None) -> Tensor:
+        """``[B, C, T, H, W]`` -> ``[B, C', T', H', W']``; a first piece has an odd number of frames
+        where time is halved, later ones an even number."""
+        edge, before = self.kernel // 2, self.kernel - 1
+        if before == 0:
+            return self.conv(x)
+        earlier = None if past is None else past.get(self)
+        if past is not None:
+            keep = self.kernel - self.stride[0]
+            known = x if earlier is None else torch.cat([earlier, x], dim=2)
+            missing = max(keep - known.shape[2], 0)
+            start = known[:, :, :1].expand(-1, -1, missing, -1, -1)
+            past[self] = torch.cat([start, known[:, :, -keep:]], dim=2)
+        if earlier is None and x.shape[2] == 1:
+            # All frames that the kernel sees are this one.
+            x = F.pad(x[:, :, 0], (edge, edge, edge, edge), mode="replicate")
+            weight, bias = self.conv.weight.sum(2), self.conv.bias
+            return F.conv2d(x, weight, bias, stride=self.stride[1])[:, :, None]
+        if earlier is None:
+            x = F.pad(x, (edge, edge, edge, edge, before, 0), mode="replicate")
+        else:
+            x = torch.cat([earlier, x], dim=2)
+            x = F.pad(x, (edge, edge, edge, edge, 0, 0), mode="replicate")
+        return self.conv(x.contiguous(memory_format=_LAYOUT))
+
+
+class FrameNorm(nn.GroupNorm):
+    """Group normalisation with 32 groups, of each frame by itself."""
+
+    def __init__(self, channels: int):
+        super().__init__(32, channels, eps=1e-5)
+
+    def forward(self, x: Tensor, past: Past = None) -> Tensor:
+        frames = x.transpose(1, 2)
+        return super().forward(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).transpose(1, 2)
+
+
+class Swish(nn.Module):
+    """``x sigmoid(beta x)`` with a learned beta for each channel."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.beta = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor, past: Past = None) -> Tensor:
+        return x * torch.sigmoid(self.beta[:, None, None, None] * x)
+
+
+class Pointwise(nn.Conv3d):
+    """The 1x1x1 convolution that ends the encoder."""
+
+    def forward(self, x: Tensor, past: Past = None) -> Tensor:
+        return super().forward(x)
+
+
+class ResidualUnit(nn.Module):
+    """Twice norm, Swish, convolution, beside a skip."""
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [
+                FrameNorm(channels),
+                Swish(channels),
+                CausalConv3d(channels, out_channels),
+                FrameNorm(out_channels),
+                Swish(out_channels),
+                CausalConv3d(out_channels, out_channels),
+            ]
+        )
+        self.skip = None if channels == out_channels else CausalConv3d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, past: Past = None) -> Tensor:
+        h = x
+        for layer in self.layers:
+            h = layer(h, past)
+        return h + (x if self.skip is None else self.skip(x))
+
+
+class DepthToSpace(nn.Module):
+    """Channels -> (frames, rows, columns); doubling time, the first frame stays one."""
+
+    def __init__(self, time: int):
+        super().__init__()
+        self.time = time
+
+    def forward(self, x: Tensor, past: Past = None) -> Tensor:
+        x = x.unflatten(1, (self.time, 2, 2, -1)).permute(0, 4, 5, 1, 6, 2, 7, 3)
+        x = x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        first = past is None or self not in past
+        if past is not None:
+            past[self] = x[:, :, :0]
+        return x[:, :, self.time - 1 :] if first else x
+
+
+class TanFSQ(FSQ):
+    """FSQ with the published code's bounds: a little inside of the levels, shifted by a tangent."""
+
+    def bound(self, z: Tensor) -> Tensor:
+        half = (self.sizes - 1) * (1 - 1e-3) / 2
+        offset = torch.where(self.sizes % 2 == 0, 0.5, 0.0)
+        return torch.tanh(z + torch.tan(offset / half)) * half - offset
+
+
+class NBPTokenizer(Tokenizer, ModelMixin, ConfigMixin):
+    """Clip <-> a (t, h, w) grid of ids in raster order; t = 1 + k for 1 + 4 k frames, h and w eighths.
+
+    The defaults are the published tokenizers.
+
+    Args:
+        image_size, num_frames: of the clips of training; any number 1 + 4 k of frames is coded.
+        channels: widths at the three finer and the two coarser resolutions, multiples of 32.
+        num_blocks: residual units of a resolution; the coarsest has twice as many.
+        fsq_levels: of the quantizer.
+    """
+
+    ordered = False
+    causal = True
+    temporal_patch_size = 4
+    spatial_patch_size = 8
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["quantizer"]
+    _supports_gradient_checkpointing = False
+
+    @register_to_config
+    def __init__(
+        self,
+        image_size: int = 128,
+        num_frames: int = 17,
+        channels: Sequence[int] = (128, 256, 512),
+        num_blocks: int = 4,
+        fsq_levels: Sequence[int] = (8, 8, 8, 5, 5, 5),
+    ):
+        super().__init__()
+        if image_size % self.spatial_patch_size or (num_frames - 1) % self.temporal_patch_size:
+            raise InputError(
+                f"Clips have 1 + 4 k frames with sides that are multiples of 8, got {num_frames} of "
+                f"{image_size} pixels."
+            )
+        fine, middle, coarse = channels
+        self.quantizer = TanFSQ(fsq_levels)
+
+        def units(width: int, out_width: int, count: int) -> list[nn.Module]:
+            return [ResidualUnit(width if i == 0 else out_width, out_width) for i in range(count)]
+
+        self.encoder = nn.ModuleList(
+            [
+                CausalConv3d(3, fine),
+                *units(fine, fine, num_blocks),
+                CausalConv3d(fine, fine, stride=(1, 2)),
+                *units(fine, middle, num_blocks),
+                CausalConv3d(middle, middle, stride=(2, 2)),
+                *units(middle, middle, num_blocks),
+                CausalConv3d(middle, middle, stride=(2, 2)),
+                *units(middle, coarse, 2 * num_blocks),
+                FrameNorm(coarse),
+                Swish(coarse),
+                Pointwise(coarse, self.quantizer.dim, 1),
+            ]
+        )
+        self.decoder = nn.ModuleList(
+            [
+                CausalConv3d(self.quantizer.dim, coarse),
+                *units(coarse, coarse, 2 * num_blocks),
+                CausalConv3d(coarse, 8 * coarse),
+                DepthToSpace(2),
+                *units(coarse, middle, num_blocks),
+                CausalConv3d(middle, 8 * middle),
+                DepthToSpace(2),
+                *units(middle, middle, num_blocks),
+                CausalConv3d(middle, 4 * middle),
+                DepthToSpace(1),
+                *units(middle, fine, num_blocks),
+                FrameNorm(fine),
+                Swish(fine),
+                CausalConv3d(fine, 3),
+            ]
+        )
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(t, h, w) of a clip of ``num_frames``."""
+        side = self.image_size // self.spatial_patch_size
+        return 1 + (self.num_frames - 1) // self.temporal_patch_size, side, side
+
+    @property
+    def num_tokens(self) -> int:
+        steps, rows, columns = self.grid
+        return steps * rows * columns
+
+    @property
+    def vocab_size(self) -> int:
+        return self.quantizer.vocab_size
+
+    @property
+    def image_size(self) -> int:
+        return self.config.image_size
+
+    @property
+    def num_frames(self) -> int:
+        return self.config.num_frames
+
+    def encode_latents(self, video: Tensor, past: Past = None) -> Tensor:
+        """Clips ``[B, 3, 1 + 4 k, S, S]`` in [-1, 1] -> what the quantizer reads, ``[B, 1 + k, S / 8,
+        S / 8, levels]``. Differentiable.
+
+        Args:
+            past: filled with what the next piece needs; pieces after the first have 4 k frames.
+        """
+        x = ((video.to(self.dtype) + 1) / 2).contiguous(memory_format=_LAYOUT)
+        for layer in self.encoder:
+            x = layer(x, past)
+        return x.movedim(1, -1)
+
+    def decode_codes(self, codes: Tensor, past: Past = None) -> Tensor:
+        """Codes ``[B, t, h, w, levels]`` -> clips, about [-1, 1]. Differentiable.
+
+        Args:
+            past: filled with what the next piece needs.
+        """
+        x = codes.to(self.dtype).movedim(-1, 1).contiguous(memory_format=_LAYOUT)
+        for layer in self.decoder:
+            x = layer(x, past)
+        return x * 2 - 1
+
+    @torch.no_grad()
+    def encode(self, video: Tensor, steps: int = 1) -> Tensor:
+        """Clips ``[B, 3, 1 + 4 k, image_size, image_size]`` in [-1, 1] -> ids int64 ``[B, (1 + k) h w]``.
+
+        Args:
+            steps: latent frames coded at a time; fewer take less memory, the ids are the same.
+        """
+        self.check_video(video)
+        pieces = list(self.encode_stream(_pieces(video, self.temporal_patch_size, steps)))
+        return torch.cat(pieces, dim=1)
+
+    @torch.no_grad()
+    def encode_stream(self, pieces: Iterator[Tensor]) -> Iterator[Tensor]:
+        """Pieces of a clip, ``[B, 3, 1, S, S]`` (or 1 + 4 k frames) and then 4 k frames each -> the ids
+        ``[B, k h w]`` of each, as `encode` gives; memory does not grow with the clip."""
+        past: Past = {}
+        for piece in pieces:
+            yield self.quantizer(self.encode_latents(piece, past))[1].flatten(1)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, steps: int = 1) -> Tensor:
+        """Ids ``[B, t h w]`` of any t > 0 -> clips ``[B, 3, 1 + 4 (t - 1), image_size, image_size]``,
+        about [-1, 1].
+
+        Args:
+            steps: latent frames decoded at a time; fewer take less memory, the clip is the same.
+        """
+        self.check_tokens(tokens)
+        whole = self.tokens_per_step
+        first, rest = tokens[:, :whole], tokens[:, whole:]
+        pieces = [first, *rest.split(steps * whole, dim=1)] if rest.shape[1] else [first]
+        return torch.cat(list(self.decode_stream(iter(pieces))), dim=2)
+
+    @torch.no_grad()
+    def decode_stream(self, pieces: Iterator[Tensor]) -> Iterator[Tensor]:
+        """Ids ``[B, k h w]`` of one or more latent frames at a time -> their frames as they come: 1
+        (and 4 more for each further latent frame) of the first piece, then 4 of each latent frame."""
+        past: Past = {}
+        for piece in pieces:
+            self.check_tokens(piece)
+            codes = self.quantizer.ids_to_codes(piece.unflatten(1, (-1, *self.grid[1:])))
+            yield self.decode_codes(codes, past)
+
+    def forward(self, video: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Reconstruct, for training.
+
+        Args:
+            video: ``[B, 3, 1 + 4 k, S, S]`` in [-1, 1]; k = 0 trains on pictures, as the paper does
+                first.
+
+        Returns:
+            clips, the quantizer's loss (FSQ has none: 0; L1, perceptual and adversarial losses are
+            added to it), values to report.
+        """
+        self.check_video(video)
+        codes, ids = self.quantizer(self.encode_latents(video))
+        used = ids.unique().numel() / min(self.vocab_size, ids.numel())
+        return self.decode_codes(codes), codes.new_zeros(()), {"distinct_ids": torch.tensor(used)}
+
+
+def _pieces(video: Tensor, stride: int, steps: int) -> Iterator[Tensor]:
+    """The first frame, then ``steps`` times ``stride`` frames at a time."""
+    yield video[:, :, :1]
+    if video.shape[2] > 1:
+        yield from video[:, :, 1:].split(steps * stride, dim=2)

@@ -160,10 +160,12 @@ def tokenize(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Name or folder of a pipeline or a tokenizer.")],
     data: Annotated[
-        Path, typer.Option(help="A sticker pack, a folder of captioned pictures, or shards.")
-    ] = Path("data/stickers"),
+        Path | None,
+        typer.Option(help="A pack, a folder of captioned pictures or of recordings, or shards."),
+    ] = None,
     names: Annotated[int, typer.Option(help="Names drawn of each split.")] = 200,
     pictures: Annotated[int, typer.Option(help="Pictures reconstructed.")] = 256,
+    recordings: Annotated[int, typer.Option(help="Recordings reconstructed by a codec.")] = 40,
     seeds: Annotated[int, typer.Option(help="Pictures of one name, for diversity.")] = 4,
     repeated: Annotated[int, typer.Option(help="Names drawn with all seeds.")] = 50,
     batch_size: Annotated[int, typer.Option(help="Pictures worked on together.")] = 8,
@@ -175,14 +177,24 @@ def evaluate(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how well a model keeps and draws pictures."""
+    """Measure how well a model keeps and draws pictures, or a codec keeps recordings."""
     if out is not None:
         check_outputs([out], force)
+    from ..tokenizers.auto import tokenizer_class
+    from ..tokenizers.base import AudioTokenizer
+
+    kind = tokenizer_class(model)
+    if kind is not None and issubclass(kind, AudioTokenizer):
+        from ..evaluation.audio import evaluate_audio
+
+        report = evaluate_audio(model, data or Path("data/speech"), recordings, seed, out=out)
+        _show_report(report, out, as_json)
+        return
     from ..evaluation.evaluate import evaluate as run
 
     report = run(
         model,
-        data,
+        data or Path("data/stickers"),
         names=names,
         pictures=pictures,
         seeds=seeds,
@@ -192,6 +204,10 @@ def evaluate(
         lpips_backbone=lpips_backbone,
         out=out,
     )
+    _show_report(report, out, as_json)
+
+
+def _show_report(report: dict[str, Any], out: Path | None, as_json: bool) -> None:
     if as_json:
         print_json(report)
     elif out is not None:

@@ -1,4 +1,4 @@
-"""``tessera encode``, ``decode`` and ``reconstruct``: pictures as tokens."""
+"""``tessera encode``, ``decode`` and ``reconstruct``: pictures (and recordings) as tokens."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..modalities.errors import InputError
+from .commands_audio_tokens import (
+    DEFAULT_CODEC,
+    check_audio_suffix,
+    decode_recording,
+    encode_recording,
+    is_audio,
+    reconstruct_recording,
+)
 from .commands_shared import (
     DEFAULT_MODEL,
     AsJson,
@@ -28,24 +36,34 @@ if TYPE_CHECKING:
 
     from ..tokenizers.base import Tokenizer
 
-Picture = Annotated[Path, typer.Argument(help="A picture.")]
-TokenizerName = Annotated[str, typer.Option("--tokenizer", help="Name or folder of a tokenizer.")]
+Media = Annotated[Path, typer.Argument(help="A picture or a recording.")]
+TokenizerName = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        help=f"Name or folder; default: {DEFAULT_MODEL}, of recordings {DEFAULT_CODEC}.",
+    ),
+]
 Steps = Annotated[int | None, typer.Option(min=1, max=1000, help="Of the decoder.")]
 Seed = Annotated[int, typer.Option(help="Of the decoder's noise.")]
 
 
 def encode(
-    file: Picture,
+    file: Media,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Default: FILE.tok here.")] = None,
-    tokenizer_name: TokenizerName = DEFAULT_MODEL,
+    tokenizer_name: TokenizerName = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a picture as its tokens, a .tok file."""
+    """Write a picture or a recording as its tokens, a .tok file."""
     out = out or Path(f"{file.stem}.tok")
     if out.suffix.lower() != ".tok":
         raise InputError(f'Could not write "{out}": its name must end in .tok.')
     check_outputs([out], force)
+    if is_audio(file):
+        encode_recording(file, out, tokenizer_name or DEFAULT_CODEC, force, as_json)
+        return
+    tokenizer_name = tokenizer_name or DEFAULT_MODEL
     from ..modalities.image import load_image
     from ..modalities.token_file import write_tokens
     from ..pipelines.reconstruction import ReconstructionPipeline
@@ -76,7 +94,8 @@ def encode(
 def decode(
     file: Annotated[Path, typer.Argument(help="A .tok file.")],
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="A picture file; default: FILE.png here.")
+        Path | None,
+        typer.Option("-o", "--out", help="Default: FILE.png, of a recording FILE.wav, here."),
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Use only the first ones.")] = None,
     tokenizer_name: Annotated[
@@ -88,14 +107,15 @@ def decode(
     as_json: AsJson = False,
     no_metadata: Metadata = False,
 ) -> None:
-    """Make the picture of a .tok file again."""
-    out = out or Path(f"{file.stem}.png")
-    check_picture_suffix(out)
-    check_outputs([out], force)
+    """Make the picture or the recording of a .tok file again."""
+    if out is not None:
+        check_outputs([out], force)
     from ..modalities.image import save_image
     from ..modalities.metadata import make_record
     from ..modalities.token_file import read_tokens
     from ..pipelines.seeds import check_seed
+    from ..tokenizers.auto import tokenizer_class
+    from ..tokenizers.base import AudioTokenizer
     from ..weights.registry import find_model
 
     content = read_tokens(file)
@@ -108,6 +128,18 @@ def decode(
                 "the folder of that tokenizer as --tokenizer."
             )
         tokenizer_name = content.tokenizer
+    kind = tokenizer_class(tokenizer_name)
+    if kind is not None and issubclass(kind, AudioTokenizer):
+        out = out or Path(f"{file.stem}.wav")
+        check_audio_suffix(out)
+        check_outputs([out], force)
+        if tokens is not None:
+            raise InputError("A recording is decoded from all of its tokens: leave --tokens out.")
+        decode_recording(content, out, tokenizer_name, force, as_json, no_metadata)
+        return
+    out = out or Path(f"{file.stem}.png")
+    check_picture_suffix(out)
+    check_outputs([out], force)
     count = len(content.tokens) if tokens is None else tokens
     if not 1 <= count <= len(content.tokens):
         raise InputError(f'"{file}" holds 1 to {len(content.tokens)} tokens, got --tokens {count}.')
@@ -142,11 +174,12 @@ def decode(
 
 
 def reconstruct(
-    file: Picture,
+    file: Media,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="A picture; default: FILE_tokens.png here.")
+        Path | None,
+        typer.Option("-o", "--out", help="Default: FILE_tokens.png or FILE_tokens.wav here."),
     ] = None,
-    tokenizer_name: TokenizerName = DEFAULT_MODEL,
+    tokenizer_name: TokenizerName = None,
     tokens: Annotated[
         str | None, typer.Option(help="How many to keep, e.g. 1,8,32; default: powers of two.")
     ] = None,
@@ -156,10 +189,21 @@ def reconstruct(
     as_json: AsJson = False,
     no_metadata: Metadata = False,
 ) -> None:
-    """Show what is kept of a picture by fewer and more tokens.
+    """Show what is kept of a picture by fewer and more tokens, or of a recording by a codec.
 
-    Writes one picture with the original and each reconstruction, and lists their PSNR.
+    Of a picture: writes one with the original and each reconstruction, and lists their PSNR. Of a
+    recording: writes it from its tokens, and says their bit rate and how long the work took.
     """
+    if is_audio(file):
+        out = out or Path(f"{file.stem}_tokens.wav")
+        check_audio_suffix(out)
+        check_outputs([out], force)
+        if tokens is not None or steps is not None:
+            raise InputError("--tokens and --steps are of pictures: leave them out.")
+        name = tokenizer_name or DEFAULT_CODEC
+        reconstruct_recording(file, out, name, force, as_json, no_metadata)
+        return
+    tokenizer_name = tokenizer_name or DEFAULT_MODEL
     out = out or Path(f"{file.stem}_tokens.png")
     check_picture_suffix(out)
     check_outputs([out], force)

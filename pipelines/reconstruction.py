@@ -17,7 +17,8 @@ from torch import Tensor
 from ..modalities.errors import InputError
 from ..modalities.image import fit_image, load_image, to_pil, to_tensor
 from ..tokenizers.auto import AutoTokenizer
-from ..tokenizers.base import Tokenizer
+from ..tokenizers.base import AudioTokenizer, Tokenizer
+from .audio_reconstruction import AudioReconstructionOutput, reconstruct_audio
 from .seeds import noise_stream
 
 
@@ -63,13 +64,13 @@ def decode_tokens(
 
 
 class ReconstructionPipeline(DiffusionPipeline):
-    """What a tokenizer keeps of a picture.
+    """What a tokenizer keeps of a picture, or a codec of a recording.
 
     Args:
-        tokenizer: any picture tokenizer.
+        tokenizer: any tokenizer of pictures or of sound.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer | AudioTokenizer):
         super().__init__()
         self.register_modules(tokenizer=tokenizer)
 
@@ -86,8 +87,11 @@ class ReconstructionPipeline(DiffusionPipeline):
         seed: int = 0,
         num_inference_steps: int | None = None,
         callback: Callable[[int, int], None] | None = None,
-    ) -> ReconstructionOutput:
+    ) -> ReconstructionOutput | AudioReconstructionOutput:
         """Encode once and decode each prefix; an adaptive tokenizer encodes within each budget.
+
+        Of an audio tokenizer ``media`` and ``callback`` are those of `reconstruct_audio`, which
+        answers, and the other arguments have no meaning.
 
         Args:
             media: a picture (path, bytes, PIL), a list of them, or a tensor ``[B, 3, S, S]`` in
@@ -101,6 +105,12 @@ class ReconstructionPipeline(DiffusionPipeline):
             InputError: a length that the tokenizer does not have, or no readable picture.
         """
         tokenizer = self.tokenizer
+        if isinstance(tokenizer, AudioTokenizer):
+            if num_tokens is not None or num_inference_steps is not None:
+                raise InputError(
+                    "A codec has neither num_tokens nor num_inference_steps: leave them out."
+                )
+            return reconstruct_audio(tokenizer, media, callback)
         flexible = tokenizer.ordered or tokenizer.adaptive
         if num_tokens is None:
             powers = [2**i for i in range(tokenizer.num_tokens.bit_length())]

@@ -13,10 +13,13 @@ from PIL import Image, ImageDraw
 
 from tessera.generators.autoregressive.flexar import FlexAR
 from tessera.generators.conditioning.clip import TextImageCLIP, train_bpe
+from tessera.tokenizers.audio.wavtokenizer import WavTokenizer
 from tessera.tokenizers.image.flextok import FlexTok
 
 if TYPE_CHECKING:
+    from tessera.pipelines.class_to_image import ClassToImagePipeline
     from tessera.pipelines.text_to_image import TextToImagePipeline
+    from tessera.tokenizers.base import Tokenizer
 
 COLOURS = {
     "red": ("rot", "#d22"),
@@ -150,3 +153,141 @@ def tiny_pipeline() -> TextToImagePipeline:
     return TextToImagePipeline(
         tokenizer, generator.eval(), clip, styles="3d,flat", default_num_tokens=8
     )
+
+
+def _randomize(model: torch.nn.Module, std: float) -> torch.nn.Module:
+    """Every weight random, so that conditions and tokens all count."""
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=1.0 if "class" in name or "embedding" in name else std)
+    return model.eval()
+
+
+CLASSES = ("red circle", "blue ring", "green square", "green triangle", "black ring")
+GRID = 4  # tokens along the pictures of all grid tokenizers here
+
+
+def tiny_grid_tokenizer(kind: str) -> Tokenizer:
+    """ "vqgan", "scales", "kl" or "levels": a grid of 4x4 tokens."""
+    from tessera.tokenizers.image.kl16_vae import KL16VAE
+    from tessera.tokenizers.image.maskgit_vqgan import MaskGITVQGAN
+    from tessera.tokenizers.image.tokenbridge import TokenBridgeTokenizer
+    from tessera.tokenizers.image.var_vqvae import MultiScaleVQVAE
+
+    torch.manual_seed(0)
+    if kind == "vqgan":
+        tokenizer = MaskGITVQGAN(16, (1, 1, 1), 32, 1, z_channels=8, codebook_size=24)
+    elif kind == "scales":
+        tokenizer = MultiScaleVQVAE(24, 8, (32, 64), (1, 2, 3, GRID))
+        torch.nn.init.normal_(tokenizer.quantizer.codebook.embedding.weight, std=0.3)
+    else:
+        tokenizer = KL16VAE(
+            8,
+            (32, 64),
+            ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+            ("UpDecoderBlock2D",) * 2,
+            layers_per_block=1,
+            latent_channels=4,
+        )
+    if kind == "levels":
+        tokenizer = TokenBridgeTokenizer.from_continuous(tokenizer, 16, value_range=(-0.5, 0.5))
+    return tokenizer.eval()
+
+
+def tiny_class_pipeline(family: str) -> ClassToImagePipeline:
+    """Classes to pictures of noise, by a random generator of a family, over its kind of tokenizer."""
+    from tessera.generators.autoregressive.flexar import FlexARClass
+    from tessera.generators.autoregressive.rar import RAR
+    from tessera.generators.autoregressive.tokenbridge import TokenBridge
+    from tessera.generators.autoregressive.xar import XAR
+    from tessera.generators.masked.enat import ENAT
+    from tessera.generators.masked.himar import HiMAR
+    from tessera.generators.masked.maskgit import MaskGIT
+    from tessera.generators.next_scale.flowar import FlowAR
+    from tessera.generators.next_scale.var import VAR
+    from tessera.pipelines.class_to_image import ClassToImagePipeline
+
+    count = len(CLASSES)
+    ids = {"vocab_size": 24, "num_tokens": GRID**2, "num_classes": count}
+    small = {"dim": 32, "heads": 2}
+    two = {"encoder_dim": 32, "encoder_depth": 1, "encoder_heads": 2}
+    two |= {"decoder_dim": 32, "decoder_depth": 2, "decoder_heads": 2, "buffer_size": 2}
+    torch.manual_seed(3)
+    if family == "flexar":
+        generator = FlexARClass(512, 16, count, 32, 2, 2, 64)
+        tokenizer = tiny_tokenizer()
+    elif family in ("rar", "maskgit", "enat"):
+        tokenizer = tiny_grid_tokenizer("vqgan")
+        generator = {
+            "rar": lambda: RAR(**ids, **small, depth=2, mlp_hidden=64, guidance_scale=4.0),
+            "maskgit": lambda: MaskGIT(**ids, **small, depth=2, mlp_hidden=64, num_steps=4),
+            "enat": lambda: ENAT(
+                **ids, **small, encoder_depth=2, decoder_depth=1, mlp_hidden=64, num_steps=4
+            ),
+        }[family]()
+    elif family == "tokenbridge":
+        tokenizer = tiny_grid_tokenizer("levels")
+        generator = TokenBridge(
+            GRID**2, 4, 16, (-0.5, 0.5), 3.0, (2, 0, 3, 1), count, **two, head_dim=32, head_depth=1,
+            head_heads=2, num_steps=4,
+        )  # fmt: skip
+    elif family == "var":
+        tokenizer = tiny_grid_tokenizer("scales")
+        generator = VAR(24, 8, (1, 2, 3, GRID), count, **small, depth=2)
+    else:
+        tokenizer = tiny_grid_tokenizer("kl")
+        parts = {"dim": 32, "encoder_depth": 1, "decoder_depth": 1, "heads": 2}
+        generator = {
+            "flowar": lambda: FlowAR(
+                4, (1, 2, GRID), count, **parts, flow_dim=64, flow_depth=1, num_steps=4
+            ),
+            "xar": lambda: XAR(4, GRID, 2, count, **parts, num_steps=3),
+            "himar": lambda: HiMAR(
+                4, 4, GRID**2, count, **two, head_dim=32, head_depth=1, dit_dim=32, dit_depth=1,
+                dit_heads=2, pivot_steps=2, num_steps=2, pivot_diffusion_steps=4, diffusion_steps=4,
+            ),
+        }[family]()  # fmt: skip
+    return ClassToImagePipeline(tokenizer, _randomize(generator, 0.1), CLASSES)
+
+
+def tiny_maskgen_pipeline(kind: str) -> TextToImagePipeline:
+    """Text to 32x32 pictures of noise by MaskGen, "vq" or "kl", over a decoder that reads the text."""
+    from tessera.generators.masked.maskgen import MaskGenKL, MaskGenVQ
+    from tessera.pipelines.text_to_image import TextToImagePipeline
+    from tessera.tokenizers.image.tatitok import TATiTok
+
+    torch.manual_seed(4)
+    clip = TextImageCLIP(
+        embed_dim=32,
+        vision_cfg={"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16},
+        text_cfg={"context_length": 16, "vocab_size": 320, "width": 32, "heads": 2, "layers": 2},
+    )
+    clip.bpe = tiny_clip().bpe
+    shape = {"encoder_dim": 32, "encoder_depth": 1, "encoder_heads": 2}
+    shape |= {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
+    shape |= {"text_context_length": 16, "text_embed_dim": 32}
+    own = {"vq": {"codebook_size": 24, "token_size": 8}}
+    own |= {"kl": {"quantize_mode": "vae", "token_size": 4}}
+    tokenizer = TATiTok(32, 8, 8, **own[kind], **shape)
+    small = {"num_tokens": 8, "dim": 32, "depth": 2, "heads": 2, "text_dim": 32, "micro_dim": 8}
+    if kind == "vq":
+        generator = MaskGenVQ(24, **small, num_steps=4, guidance_scale=3.0)
+    else:
+        generator = MaskGenKL(4, **small, head_dim=32, head_depth=1, num_steps=4, diffusion_steps=4)
+    return TextToImagePipeline(tokenizer.eval(), _randomize(generator, 0.1), clip.eval())
+
+
+def tiny_codec() -> WavTokenizer:
+    """WavTokenizer of 1 kHz: 100 frames a second of 32 ids; what it decodes is noise."""
+    torch.manual_seed(3)
+    codec = WavTokenizer(
+        sample_rate=1000,
+        filters=4,
+        strides=(2, 5),
+        lstm_layers=1,
+        latent_dim=8,
+        vocab_size=32,
+        dim=32,
+        intermediate_dim=32,
+        num_layers=1,
+    )
+    return codec.eval()

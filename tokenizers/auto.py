@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from ..weights.loading import find_files, licence_notice, load_folder, load_publ
 from ..weights.registry import (
     ModelInfo,
     find_model,
+    import_class,
     list_models,
     tokenizer_classes,
 )
-from .base import Tokenizer
+from .base import AudioTokenizer, Tokenizer
 
 
 class AutoTokenizer:
@@ -23,13 +25,13 @@ class AutoTokenizer:
     @classmethod
     def from_pretrained(
         cls, name: str | Path, files: str | Path | None = None, **options: Any
-    ) -> Tokenizer:
+    ) -> Tokenizer | AudioTokenizer:
         """A tokenizer in eval mode.
 
         Args:
             name: a shipped model ("sticker": its tokenizer), a published checkpoint by name or hub
-                id ("titok-l-32", see ``list_models(task="image-tokenizer")``), or a folder saved
-                by ``save_pretrained``.
+                id ("titok-l-32", "mimi"; see ``list_models(task="image-tokenizer")`` and
+                "audio-tokenizer"), or a folder saved by ``save_pretrained``.
             files: folder with the files of a published checkpoint, or its one weight file; default:
                 the hub's cache, then a download.
             options: of diffusers' ``from_pretrained``, for a folder or a shipped model.
@@ -54,8 +56,25 @@ class AutoTokenizer:
         return _from_published(info, files)
 
 
-def _from_published(info: ModelInfo, files: str | Path | None) -> Tokenizer:
+def _from_published(info: ModelInfo, files: str | Path | None) -> Tokenizer | AudioTokenizer:
     notice = licence_notice(info)
     if notice is not None:
         warnings.warn(notice, stacklevel=3)
     return load_published(info, find_files(info, files))
+
+
+def tokenizer_class(name: str | Path) -> type | None:
+    """The class that `AutoTokenizer` would load, without loading it; None where it would refuse."""
+    text = str(name)
+    info, folder = find_model(text, "-tokenizer"), Path(text)
+    if info is not None and (info.shipped or not folder.is_dir()):
+        if not info.shipped:
+            return info.model_class() if info.task.endswith("-tokenizer") else None
+        folder = info.folder
+    for config in (folder / "tokenizer" / "config.json", folder / "config.json"):
+        try:
+            path = tokenizer_classes()[json.loads(config.read_text("utf8"))["_class_name"]]
+            return import_class(path)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None

@@ -28,8 +28,12 @@ def rope_tables(positions: Tensor, head_dim: int) -> Rope:
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn the pairs of neighbouring channels of ``[B, n, ..., head_dim]``."""
-    shape = (len(rope[0]), *[1] * (x.ndim - 3), -1)
+    """Turn the pairs of neighbouring channels of ``[B, n, ..., head_dim]``.
+
+    Args:
+        rope: tables ``[n, head_dim / 2]``, or ``[B, n, head_dim / 2]`` where each item has its own.
+    """
+    shape = (*rope[0].shape[:-1], *[1] * (x.ndim - 3), -1)
     cos, sin = (table.view(shape).to(x.dtype) for table in rope)
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import pickle
@@ -52,7 +53,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             f'"{path}" is not a weight file: give .safetensors or one of {", ".join(PICKLED)}.'
         )
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        # Training code often stores its arguments beside the weights; a Namespace runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f'"{path}" holds more than plain tensors and was not opened, since such a file can run '

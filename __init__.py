@@ -12,7 +12,10 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "TextToImagePipeline": ".pipelines.text_to_image",
+    "ClassToImagePipeline": ".pipelines.class_to_image",
+    "load_image_pipeline": ".pipelines.auto",
     "ReconstructionPipeline": ".pipelines.reconstruction",
+    "AutoGenerator": ".generators.auto",
     "AutoTokenizer": ".tokenizers.auto",
     "list_models": ".weights.registry",
     "model_info": ".weights.registry",

@@ -246,7 +246,8 @@ def tiny_class_pipeline(family: str) -> ClassToImagePipeline:
                 dit_heads=2, pivot_steps=2, num_steps=2, pivot_diffusion_steps=4, diffusion_steps=4,
             ),
         }[family]()  # fmt: skip
-    return ClassToImagePipeline(tokenizer, _randomize(generator, 0.1), CLASSES)
+    std = 0.3 if generator.latent_dim is None else 0.1
+    return ClassToImagePipeline(tokenizer, _randomize(generator, std), CLASSES)
 
 
 def tiny_maskgen_pipeline(kind: str) -> TextToImagePipeline:
@@ -273,7 +274,9 @@ def tiny_maskgen_pipeline(kind: str) -> TextToImagePipeline:
         generator = MaskGenVQ(24, **small, num_steps=4, guidance_scale=3.0)
     else:
         generator = MaskGenKL(4, **small, head_dim=32, head_depth=1, num_steps=4, diffusion_steps=4)
-    return TextToImagePipeline(tokenizer.eval(), _randomize(generator, 0.1), clip.eval())
+    return TextToImagePipeline(
+        tokenizer.eval(), _randomize(generator, {"vq": 0.3, "kl": 0.1}[kind]), clip.eval()
+    )
 
 
 def tiny_codec() -> WavTokenizer:

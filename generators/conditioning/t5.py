@@ -35,7 +35,7 @@ class TextT5(ModelMixin, ConfigMixin):
     def __init__(self, t5_config: Mapping[str, Any] | None = None, context_length: int = 128):
         super().__init__()
         self.texts: TextTokenizer | None = None
-        self.model = T5EncoderModel(T5Config(**(t5_config or {})))
+        self.encoder = T5EncoderModel(T5Config(**(t5_config or {}))).encoder
 
     @classmethod
     def from_hub(cls, repository: str) -> TextT5:
@@ -58,7 +58,7 @@ class TextT5(ModelMixin, ConfigMixin):
             ) from error
         with torch.device("meta"):
             tower = cls(encoder.config.to_diff_dict())
-        tower.model = encoder
+        tower.encoder = encoder.encoder
         tower.texts = TextTokenizer.from_file(path)
         return tower.eval()
 
@@ -83,7 +83,7 @@ class TextT5(ModelMixin, ConfigMixin):
     @property
     def text_dim(self) -> int:
         """Width of `text_features`."""
-        return self.model.config.d_model
+        return self.encoder.config.d_model
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text, its end included."""
@@ -97,9 +97,9 @@ class TextT5(ModelMixin, ConfigMixin):
             if len(ids) > self.context_length:  # The end token stays.
                 ids = [*ids[: self.context_length - 1], ids[-1]]
             rows.append(torch.tensor(ids))
-        padding = self.model.config.pad_token_id
+        padding = self.encoder.config.pad_token_id
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
         lengths = torch.tensor([len(row) for row in rows])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(self.device)
-        found = self.model(input_ids=ids.to(self.device), attention_mask=mask.long())
+        found = self.encoder(input_ids=ids.to(self.device), attention_mask=mask.long())
         return found.last_hidden_state, mask

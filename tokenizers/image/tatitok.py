@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers import ModelMixin  # Diffusers looks for this name beside a class it loads.
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
@@ -60,7 +61,7 @@ def embed_ids(clip: CLIP, ids: Tensor) -> Tensor:
     return found["text_intermediates"][-1]
 
 
-class TATiTok(TiTokBase):
+class TATiTok(TiTokBase, ModelMixin):
     """Picture <-> K unordered tokens, decoded beside a text.
 
     The defaults are the published discrete tokenizer with 32 tokens.

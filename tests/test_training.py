@@ -27,7 +27,8 @@ from tessera.training import checkpoints
 from tessera.training.captions import open_captions
 from tessera.training.checkpoints import newest_checkpoint
 from tessera.training.config import list_recipes, load_recipe
-from tessera.training.tasks import TASKS, FlexARTask, FlexTokTask, shuffled_index
+from tessera.training.registry import TASKS
+from tessera.training.tasks import FlexARTask, FlexTokTask, shuffled_index
 from tessera.training.trainer import check_settings, learning_rate, train
 
 COMMON = {

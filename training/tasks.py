@@ -6,7 +6,7 @@ import inspect
 import random
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,10 @@ from ..modalities.datasets import ImageTextDataset, StickerPack, open_dataset
 from ..modalities.errors import InputError
 from ..modalities.image import fit_image, image_grid, save_image, to_pil, to_tensor
 from ..modalities.token_shards import TokenShards, is_token_folder
+from ..tokenizers.base import Tokenizer
 from ..tokenizers.image.flextok import FlexTok
 from ..tokenizers.image.titok import TiTok
+from ..weights.loading import check_complete
 from .captions import open_captions
 from .losses import AdversarialLoss, PatchDiscriminator, TokenizerLoss, perceptual_losses
 from .warm_start import local_components
@@ -37,9 +39,13 @@ class Task(ABC):
     """One kind of model in training.
 
     ``model(**batch)`` must return (loss, parts): a scalar, and scalars to report.
+
+    Attributes:
+        branches: whether some weights take no part in some batches.
     """
 
     model: nn.Module
+    branches: ClassVar[bool] = False
 
     def __init__(self, recipe: dict[str, Any], device: torch.device):
         self.recipe = recipe
@@ -100,7 +106,7 @@ def load_frozen(
     """The model in the folder (or of the hub id) that the recipe names under ``key``."""
     folder = recipe[key]
     try:
-        return kind.from_pretrained(folder, dtype=dtype)
+        model = kind.from_pretrained(folder, dtype=dtype)
     except Exception as error:  # Each way of being no such model has an error class of its own.
         reason = "there is no such folder"
         if Path(folder).is_dir():
@@ -109,6 +115,32 @@ def load_frozen(
             f'No {kind.__name__} could be loaded from "{folder}" ({reason}): train it first, or '
             f"set {key}=FOLDER."
         ) from error
+    check_complete(model, folder)
+    return model
+
+
+def load_tokens(
+    data: dict[str, Any], tokenizer: Tokenizer, device: torch.device
+) -> tuple[ImageTextDataset | TokenShards, Tensor]:
+    """The recipe's data and its tokens ``[M, N]`` or ``[M, N, latent_dim]``, kept on the CPU: those
+    of ``tessera tokenize``, or encoded now.
+
+    Raises:
+        InputError: nothing there, or the tokens of another tokenizer.
+    """
+    if is_token_folder(data["root"]):
+        dataset = TokenShards(data["root"])
+        for key in ("num_tokens", "vocab_size", "latent_dim"):
+            found, wanted = dataset.index[key], getattr(tokenizer, key)
+            if found != wanted:
+                raise InputError(
+                    f'The tokens in "{data["root"]}" have {key} {found}, the tokenizer '
+                    f"{wanted}: tokenize the data with this tokenizer."
+                )
+        return dataset, torch.stack([dataset.tokens(i) for i in range(len(dataset))])
+    dataset, pictures = load_pictures(data, tokenizer.image_size)
+    tokens = [tokenizer.encode(from_uint8(part).to(device)).cpu() for part in pictures.split(64)]
+    return dataset, torch.cat(tokens)
 
 
 def build(kind: type[Model], **options: Any) -> Model:
@@ -406,7 +438,7 @@ class FlexARTask(Task):
         self.clip = load_frozen(TextImageCLIP, recipe, "clip").to(device).eval()
         self.tokenizer.requires_grad_(False)
         self.clip.requires_grad_(False)
-        self.dataset, self.tokens = self.load_tokens()
+        self.dataset, self.tokens = load_tokens(recipe["data"], self.tokenizer, device)
         self.weights = item_weights(self.dataset, recipe["data"]["weights"])
         self.captions = open_captions(self.dataset, **recipe["captions"])
         self.model = build(
@@ -417,26 +449,6 @@ class FlexARTask(Task):
             **recipe["model"],
         )
         self.model.init_weights()
-
-    def load_tokens(self) -> tuple[ImageTextDataset | TokenShards, Tensor]:
-        """The data and its tokens ``[M, N]``: those of ``tessera tokenize``, or encoded now."""
-        data = self.recipe["data"]
-        if is_token_folder(data["root"]):
-            dataset = TokenShards(data["root"])
-            for key in ("num_tokens", "vocab_size"):
-                found, wanted = dataset.index[key], getattr(self.tokenizer, key)
-                if found != wanted:
-                    raise InputError(
-                        f'The tokens in "{data["root"]}" have {key} {found}, the tokenizer '
-                        f"{wanted}: tokenize the data with this tokenizer."
-                    )
-            return dataset, torch.stack([dataset.tokens(i) for i in range(len(dataset))])
-        dataset, pictures = load_pictures(data, self.tokenizer.image_size)
-        tokens = [
-            self.tokenizer.encode(from_uint8(part).to(self.device)).cpu()
-            for part in pictures.split(64)
-        ]
-        return dataset, torch.cat(tokens)
 
     @torch.no_grad()
     def batch(
@@ -521,13 +533,3 @@ def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
 def save_grid(pictures: list[Image.Image], columns: int, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image(image_grid(pictures, columns), path)
-
-
-TASKS: dict[str, type[Task]] = {
-    "autoencoder": AutoencoderTask,
-    "flextok": FlexTokTask,
-    "flextok_decoder": FlexTokDecoderTask,
-    "titok": TiTokTask,
-    "clip": CLIPTask,
-    "flexar": FlexARTask,
-}

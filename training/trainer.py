@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from diffusers.training_utils import EMAModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -28,7 +28,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..modalities.errors import InputError
 from .checkpoints import load_checkpoint, newest_checkpoint, replace_folder, save_checkpoint
-from .tasks import TASKS, Task
+from .registry import TASKS
+from .tasks import Task
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16"}
 COUNTS = ("steps", "batch_size", "gradient_accumulation", "log_every", "save_every", "sample_every")
@@ -97,6 +98,8 @@ def train(recipe: dict[str, Any], resume: bool = False) -> Path:
         fused=True,
     )
     step = 0 if checkpoint is None else load_checkpoint(checkpoint, model, ema, optimizer)
+    if task.branches:
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     trained = accelerator.prepare_model(model)
     if settings["compile"]:
         trained = torch.compile(trained)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ...kernels.linear import Linear
 from ...modalities.errors import InputError
+from ..base import ImageGenerator
 from ..cache import StaticCache
 from ..layers.mlp import GatedMLP
 from ..layers.rope import Rope, RopeAttention, rope_tables
@@ -156,7 +157,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class TokenShuffleAR(ModelMixin, ConfigMixin):
+class TokenShuffleAR(ImageGenerator, ModelMixin, ConfigMixin):
     """Text ids -> image ids. The defaults are the paper's 2.7B model at 1024 pixels.
 
     A sequence is [text, begin of image, fused image tokens]; a position predicts all ids of the next
@@ -173,6 +174,7 @@ class TokenShuffleAR(ModelMixin, ConfigMixin):
         guidance_scale: of sampling, unless `stream` is told another.
     """
 
+    condition = "text"
     _supports_gradient_checkpointing = False
 
     @register_to_config
@@ -204,6 +206,18 @@ class TokenShuffleAR(ModelMixin, ConfigMixin):
     @property
     def num_tokens(self) -> int:
         return prod(self.config.grid)
+
+    def num_yields(self, num_tokens: int | None = None, num_steps: int | None = None) -> int:
+        return len(self.places)
+
+    def text_condition(
+        self, tower: nn.Module, texts: Sequence[str], null_texts: Sequence[str]
+    ) -> dict[str, list[list[int]]]:
+        """Ids of a tower's tokenizer. The null text is always the empty one."""
+        ids = tower.tokenize(texts)
+        # The end of a text has the highest id; zeros follow.
+        ends = ids.argmax(1).tolist()
+        return {"prompts": [row[: end + 1] for row, end in zip(ids.tolist(), ends, strict=True)]}
 
     def init_weights(self) -> None:
         """Normal 0.02, biases zero; the windows' MLPs begin as nothing, close to a plain model."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import gc
 import json
 import platform
-import time
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch import Tensor
 from ..modalities.files import atomic_path
 from ..tokenizers.base import Tokenizer
 from ..weights.registry import model_info
-from .measure import count_flop, flop_rate, processor, seconds_of
+from .measure import count_flop, cpu_seconds, flop_rate, processor, seconds_of
 
 # One of each system (TA-TiTok is TiTok's network and wants a text beside the tokens), and what its published code needed on a like machine: CPU-seconds at batch 1,
 # float32, two threads, (encode, decode); None where it was not measured.
@@ -40,16 +39,6 @@ PUBLISHED = {
     "kl16": (2.7, 5.2),
     "maskgit-vqgan": (None, None),
 }
-
-
-def cpu_seconds(function: Callable[[], Any], repeats: int) -> float:
-    """Least CPU time, of all threads, of a call, after one that does not count."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.process_time()
-        function()
-        times.append(time.process_time() - start)
-    return min(times[1:])
 
 
 @torch.no_grad()

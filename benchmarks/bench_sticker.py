@@ -30,16 +30,10 @@ from ..modalities.errors import InputError
 from ..modalities.files import atomic_path
 from ..pipelines.seeds import seed_generators
 from ..pipelines.text_to_image import TextToImagePipeline
-from .measure import best_seconds, count_flop, flop_rate, processor, seconds_of
+from .measure import count_flop, flop_rate, processor, read_rate, seconds_of
 
 PROMPT = "a red heart with an arrow"
 BATCH_SIZES = (1, 8)
-
-
-def read_rate(size: int) -> float:
-    """Bytes/s at which a buffer of ``size`` bytes is read over and over."""
-    buffer = torch.ones(max(size // 4, 1))
-    return buffer.nbytes / best_seconds(buffer.sum)
 
 
 def weight_bytes(modules: Iterable[nn.Module]) -> int:

@@ -13,8 +13,10 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from ..kernels.linear import linear
 
@@ -41,6 +43,9 @@ _ONEDNN_LINEAR = (
 )
 
 
+_PRODUCTS = {*flop_registry, *_ONEDNN_LINEAR}
+
+
 def count_flop(function: Callable[[], Any]) -> int:
     """Floating-point operations of the products, convolutions and attention in a call."""
     # The counter does not know CPU's fused attention; as plain products it counts the same.
@@ -50,25 +55,81 @@ def count_flop(function: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def best_seconds(function: Callable[[], Any], total: float = 1.0) -> float:
-    """Shortest wall time of the calls that fit into ``total`` seconds."""
-    best, end = float("inf"), time.perf_counter() + total
-    while (start := time.perf_counter()) < end:
+class _WeightReads(TorchDispatchMode):
+    """Adds up the bytes of a model's weights that products and convolutions are given."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in _PRODUCTS:
+            for value in args:
+                if isinstance(value, Tensor) and value.ndim > 1:
+                    read = value.untyped_storage().data_ptr() in self.weights
+                    self.bytes += value.nbytes if read else 0
+        return func(*args, **(kwargs or {}))
+
+
+def count_work(function: Callable[[], Any], model: nn.Module) -> tuple[int, int]:
+    """Of a call: `count_flop`, and the bytes of a model's weights that its products read."""
+    with _WeightReads(model) as reads:
+        flop = count_flop(function)
+    return flop, reads.bytes
+
+
+def cpu_seconds(function: Callable[[], Any], repeats: int) -> float:
+    """Least CPU time, of all threads, of a call, after one that does not count."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.process_time()
         function()
-        best = min(best, time.perf_counter() - start)
+        times.append(time.process_time() - start)
+    return min(times[1:])
+
+
+def best_seconds(
+    function: Callable[[], Any],
+    total: float = 1.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Shortest time of the calls that fit into ``total`` seconds; by default wall time."""
+    best, end = float("inf"), clock() + total
+    while (start := clock()) < end:
+        function()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        best = min(best, clock() - start)
     return best
 
 
-def flop_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, linear layer or convolution, whichever runs fastest."""
-    matrix = torch.randn(2048, 2048).to(dtype)
-    pictures, kernels = torch.randn(8, 128, 64, 64).to(dtype), torch.randn(128, 128, 3, 3).to(dtype)
+def read_rate(size: int, device: str = "cpu", **options: Any) -> float:
+    """Bytes/s at which a buffer of ``size`` bytes is read over and over.
+
+    Args:
+        options: of `best_seconds`.
+    """
+    buffer = torch.ones(max(size // 4, 1), device=device)
+    return buffer.nbytes / best_seconds(buffer.sum, **options)
+
+
+def flop_rate(dtype: torch.dtype, device: str = "cpu", **options: Any) -> float:
+    """FLOP/s of a large matrix product, linear layer or convolution, whichever runs fastest.
+
+    Args:
+        options: of `best_seconds`.
+    """
+    kind = {"dtype": dtype, "device": device}
+    matrix = torch.randn(2048, 2048).to(**kind)
+    pictures = torch.randn(8, 128, 64, 64).to(**kind)
+    kernels = torch.randn(128, 128, 3, 3).to(**kind)
     functions = (
         lambda: torch.mm(matrix, matrix),
         lambda: linear(matrix, matrix),
         lambda: torch.conv2d(pictures, kernels, padding=1),
     )
-    return max(count_flop(function) / best_seconds(function) for function in functions)
+    return max(count_flop(function) / best_seconds(function, **options) for function in functions)
 
 
 def processor() -> str:

@@ -80,7 +80,8 @@ def log_mel_distance(audio: Tensor, reference: Tensor, sample_rate: int) -> Tens
 def stoi(audio: Tensor, reference: Tensor, sample_rate: int) -> Tensor:
     """Short-time objective intelligibility (Taal et al., 2011), up to 1: ``[B]``.
 
-    NaN where less than 0.4 s of the reference is louder than 40 dB below its loudest part.
+    NaN where less than 0.4 s of the reference is louder than 40 dB below its loudest part, or one
+    of the two is silent.
 
     Args:
         audio, reference: ``[B, 1, T]``.
@@ -93,6 +94,9 @@ def stoi(audio: Tensor, reference: Tensor, sample_rate: int) -> Tensor:
 
     values = []
     for ours, theirs in zip(audio[:, 0], reference[:, 0], strict=True):
+        if not (ours.any() and theirs.any()):
+            values.append(math.nan)
+            continue
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             value = measure(theirs.cpu().numpy(), ours.cpu().numpy(), sample_rate)
@@ -118,8 +122,10 @@ def pesq(audio: Tensor, reference: Tensor, sample_rate: int) -> Tensor:
     ours, theirs = (
         resample(each[:, 0], sample_rate, PESQ_RATE).cpu() for each in (audio, reference)
     )
-    pairs = zip(theirs.numpy(), ours.numpy(), strict=True)
-    values = [measure(PESQ_RATE, t, o, "wb", on_error=PesqError.RETURN_VALUES) for t, o in pairs]
+    values = [
+        measure(PESQ_RATE, t, o, "wb", on_error=PesqError.RETURN_VALUES) if o.any() else -1
+        for t, o in zip(theirs.numpy(), ours.numpy(), strict=True)
+    ]
     return torch.tensor([value if value >= 0 else math.nan for value in values])
 
 

@@ -1,0 +1,79 @@
+"""SoundTransformer: captions, lengths, guidance, training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tessera.generators.autoregressive.sound import SoundTransformer
+from tessera.generators.conditioning.words import WordEncoder, pooled, split_words
+from tessera.modalities.errors import InputError
+
+
+def tiny(**options) -> SoundTransformer:
+    torch.manual_seed(0)
+    settings = {"dim": 32, "heads": 2, "mlp_hidden": 32, "text_depth": 1, "depth": 2, "window": 8}
+    model = SoundTransformer(
+        words=["a", "bell", "drum"],
+        vocab_size=16,
+        frame_rate=50.0,
+        max_seconds=2.0,
+        **settings | options,
+    )
+    model.init_weights()
+    torch.nn.init.normal_(model.decoder.head.weight, std=0.5)
+    return model.eval()
+
+
+def streams(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_split_words():
+    assert split_words("A Hi-hat's hit, at 3!") == ["a", "hi-hat's", "hit", "at", "3"]
+
+
+def test_a_typo_is_nearer_than_another_word():
+    torch.manual_seed(0)
+    encoder = WordEncoder(["trumpet", "marimba"], 64)
+    states, _ = encoder(["trumpet trumpett marimba"])
+    word, typo, other = states[0].detach()
+    near, far = (torch.cosine_similarity(word, x, dim=0) for x in (typo, other))
+    assert near > 0.5 > far
+
+
+def test_pooled_leaves_padding_out():
+    states = torch.tensor([[[1.0], [3.0], [9.0]]])
+    assert pooled(states, torch.tensor([[True, True, False]])).item() == 2
+
+
+def test_an_item_does_not_depend_on_its_batch():
+    model = tiny()
+    both = model.generate(["a bell", "drum"], streams(1, 2), seconds=0.3, guidance_scale=2.0)
+    for i, caption in enumerate(["a bell", "drum"]):
+        alone = model.generate([caption], streams(1 + i), seconds=0.3, guidance_scale=2.0)[0]
+        assert torch.equal(both[i], alone)
+    assert both[0].shape == (1, 15)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, 2.1, float("nan")])
+def test_lengths_beyond_the_model_are_refused(seconds):
+    with pytest.raises(InputError, match="up to 2 seconds"):
+        tiny().lengths(["a bell"], seconds)
+
+
+def test_training_learns_captions_and_lengths():
+    model = tiny(dropout=0.0, token_dropout=0.0).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    captions, lengths = ["a bell", "a drum", ""], torch.tensor([10, 30, 20])
+    tokens = torch.tensor([3, 9, 5])[:, None].expand(-1, 30)
+    for _ in range(80):
+        loss, parts = model(tokens, lengths, captions)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(parts["nll"]) < 0.2
+    model.eval()
+    made = model.generate(["a bell", "a drum"], streams(0, 1), temperature=0)
+    assert [len(ids[0]) for ids in made] == pytest.approx([10, 30], abs=4)
+    assert set(made[0][0].tolist()) == {3} and set(made[1][0].tolist()) == {9}

@@ -6,32 +6,33 @@ writes ``scans.json`` and the same as tables, ``scans.md``. On a CPU the times a
 thread, least of the repeats, each form in turn, beside two baselines written here: the short listing
 of the Mamba-2 paper (quadratic in the number of chunks) and a plain loop over chunks. On a GPU they are
 between events, beside the time in which the least traffic passes at the measured bandwidth, beside
-mamba_ssm's kernel if that is installed, and LinGen's block beside a block of full attention.
+the kernels of mamba_ssm and flash-linear-attention if they are installed, and LinGen's block beside a
+block of full attention, each alone and with the same MLP.
 
-``--device rehearsal`` runs the GPU's part in Triton's interpreter, at sizes that mean nothing.
+``TRITON_INTERPRET=1 ... --device rehearsal`` runs the GPU's part in Triton's interpreter, at sizes that
+mean nothing.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..generators.layers.mixer import build_mixer
 from ..kernels.interpreter import enable_interpreter
 from ..kernels.selective_scan.ops import selective_scan
 from ..kernels.ssd.ops import ssd
-from ..modalities.files import atomic_path
-from .measure import processor
+from .report import machine, write_report
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Sizes:
         lengths: of the scans.
         heads, head_dim, state: of SSD; one group.
         batches: batch sizes (GPU).
-        grids: token grids of LinGen's block (GPU).
-        width: of LinGen's block.
+        grids: token grids of the video blocks (GPU).
+        width: of the video blocks.
     """
 
     lengths: tuple[int, ...] = (4096, 16384, 65536)
@@ -218,18 +219,28 @@ def bandwidth(device: str) -> float:
     return 2 * a.nbytes / event_seconds(lambda: b.copy_(a), 10, device)[0]
 
 
-def public_kernel() -> Callable[..., Tensor] | None:
-    """mamba_ssm's SSD, if it is installed: for timing only."""
-    try:
+def public_kernels() -> dict[str, Callable[..., Tensor]]:
+    """The public Triton kernels that are installed: for timing only."""
+    found: dict[str, Callable[..., Tensor]] = {}
+    with suppress(ImportError):
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-    except ImportError:
-        return None
-    return lambda x, dt, A, B, C: mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size=256)
+
+        found["mamba_ssm"] = partial(mamba_chunk_scan_combined, chunk_size=256)
+    with suppress(ImportError):
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        def gated_attention(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+            B, C = (t.expand(-1, -1, x.shape[2], -1).contiguous() for t in (B, C))
+            values = (x * dt[..., None]).to(x.dtype)
+            return chunk_simple_gla(q=C, k=B, v=values, g=dt * A, scale=1.0)[0]
+
+        found["flash-linear-attention"] = gated_attention
+    return found
 
 
 def measure_gpu_scans(sizes: Sizes, repeats: int, device: str) -> list[dict[str, Any]]:
     """A row for each batch, length and dtype: seconds, the bound of traffic, and the error."""
-    rows, rate, public = [], bandwidth(device), public_kernel()
+    rows, rate, public = [], bandwidth(device), public_kernels()
     for batch in sizes.batches:
         for length in sizes.lengths:
             for dtype in (torch.bfloat16, torch.float32):
@@ -252,9 +263,10 @@ def measure_gpu_scans(sizes: Sizes, repeats: int, device: str) -> list[dict[str,
                         repeats,
                         device,
                     )
-                    theirs = None
-                    if public is not None:
-                        theirs, _ = event_seconds(lambda t=tensors: public(**t), repeats, device)
+                    theirs = {
+                        name: event_seconds(lambda f=f, t=tensors: f(**t), repeats, device)[0]
+                        for name, f in public.items()
+                    }
                 trained = None
                 if batch * length <= TRAINED:
                     trained, _ = event_seconds(
@@ -272,9 +284,14 @@ def measure_gpu_scans(sizes: Sizes, repeats: int, device: str) -> list[dict[str,
                         "ssd": seconds,
                         "first call": first,
                         "bound": batch * length * least / rate,
+                        "share of bandwidth": batch * length * least / rate / seconds,
                         "both directions": twice,
                         "forward and backward": trained,
-                        "mamba_ssm": theirs,
+                        **theirs,
+                        # A public kernel scans one direction a call.
+                        "best public twice / both directions": (
+                            2 * min(theirs.values()) / twice if theirs else None
+                        ),
                         "error": error,
                     }
                 )
@@ -282,18 +299,34 @@ def measure_gpu_scans(sizes: Sizes, repeats: int, device: str) -> list[dict[str,
 
 
 def measure_gpu_blocks(sizes: Sizes, repeats: int, device: str) -> list[dict[str, Any]]:
-    """LinGen's block beside full attention of the same width, both in bfloat16."""
+    """LinGen's block beside full attention of the same width in bfloat16: mixers, then with MLPs."""
     rows = []
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     mate = build_mixer("mate", sizes.width, layer=3).to(device, dtype).eval()
     attention = build_mixer("attention", sizes.width).to(device, dtype).eval()
+    mlp = nn.Sequential(
+        nn.LayerNorm(sizes.width),
+        nn.Linear(sizes.width, 4 * sizes.width),
+        nn.GELU(),
+        nn.Linear(4 * sizes.width, sizes.width),
+    ).to(device, dtype)
     for grid in sizes.grids:
         tokens = math.prod(grid)
         x = torch.randn(1, tokens, sizes.width, device=device, dtype=dtype)
         with torch.no_grad():
             ours, _ = event_seconds(lambda x=x, g=grid: mate(x, grid=g), repeats, device)
             full, _ = event_seconds(lambda x=x: attention(x), repeats, device)
-        rows.append({"tokens": tokens, "mate": ours, "attention": full, "ratio": full / ours})
+            rest, _ = event_seconds(lambda x=x: mlp(x), repeats, device)
+        rows.append(
+            {
+                "tokens": tokens,
+                "mate": ours,
+                "attention": full,
+                "ratio": full / ours,
+                "mlp": rest,
+                "ratio with mlp": (full + rest) / (ours + rest),
+            }
+        )
     return rows
 
 
@@ -350,33 +383,24 @@ def measure(sizes: Sizes, device: str, repeats: int) -> dict[str, Any]:
     }
 
 
+def report_on(device: str, repeats: int) -> dict[str, Any]:
+    """The machine and all tables, with one thread."""
+    torch.set_num_threads(1)
+    about = machine(device)
+    if device == "rehearsal":
+        enable_interpreter()
+    sizes = {"cuda": CUDA, "rehearsal": REHEARSAL}.get(device, Sizes())
+    shape = {"heads": sizes.heads, "head_dim": sizes.head_dim, "state": sizes.state}
+    return {"machine": about | shape, **measure(sizes, device, repeats)}
+
+
 def main(
     out: Annotated[Path, typer.Option(help="JSON file to write; the tables go beside it.")],
     device: Annotated[str, typer.Option(help="cpu, cuda, or rehearsal.")] = "cpu",
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each form.")] = 5,
 ) -> None:
     """Measure the scans on this machine."""
-    torch.set_num_threads(1)
-    if device == "rehearsal":
-        enable_interpreter()
-    sizes = {"cuda": CUDA, "rehearsal": REHEARSAL}.get(device, Sizes())
-    with atomic_path(out) as json_path, atomic_path(out.with_suffix(".md")) as table_path:
-        report = {
-            "machine": {
-                "device": device,
-                "name": torch.cuda.get_device_name() if device == "cuda" else processor(),
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "heads": sizes.heads,
-                "head_dim": sizes.head_dim,
-                "state": sizes.state,
-            },
-            **measure(sizes, device, repeats),
-        }
-        json_path.write_text(json.dumps(report, indent=2) + "\n", "utf8")
-        table_path.write_text(markdown(report), "utf8")
-    typer.echo(markdown(report))
+    write_report(out, partial(report_on, device, repeats), markdown)
 
 
 if __name__ == "__main__":

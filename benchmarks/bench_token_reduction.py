@@ -2,19 +2,20 @@
 
     python -m tessera.benchmarks.bench_token_reduction --out tokens.json [--device cuda]
 
-writes ``tokens.json`` and the same as tables, ``tokens.md``. The published forms are written here as
+(``TRITON_INTERPRET=1 ... --device rehearsal``: on a CPU, at sizes that mean nothing) writes ``tokens.json`` and the same as tables, ``tokens.md``. The published forms are written here as
 their papers and code do it: all scores in one matrix. On a CPU the times are CPU-seconds of one
 thread, least of the repeats, each form in turn; on a GPU they are between events. Extra memory is
-the peak of what a call allocates beyond its result.
+the peak of what a call allocates beyond its result. Last comes a whole diffusion transformer, from
+noised latents to its answer, without and with merging in all of its blocks.
 """
 
 from __future__ import annotations
 
-import json
-import platform
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,9 +31,8 @@ from ..kernels.tokens.pitome import match_energy
 from ..kernels.tokens.todre import select_diverse
 from ..kernels.tokens.tome import match_bipartite
 from ..kernels.tokens.tome_sd import match_grid
-from ..modalities.files import atomic_path
-from ..tokenizers.image.flextok import DecoderBlock
-from .measure import processor
+from ..tokenizers.image.flextok import DecoderBlock, FlowDecoder
+from .report import machine, write_report
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Sizes:
         side: rows and columns of the picture's tokens; half of them merge.
         features, picks: shape of the features of diverse selection, and tokens picked.
         blocks: token counts of the transformer blocks, of width ``width`` and heads of 64.
+        models: token counts of the whole transformer, of ``depth`` such blocks.
     """
 
     batch: int = 2
@@ -52,6 +53,12 @@ class Sizes:
     picks: int = 58
     blocks: tuple[int, ...] = (256, 1024, 2304, 4096)
     width: int = 768
+    models: tuple[int, ...] = (1024, 4096)
+    depth: int = 4
+
+
+CUDA = Sizes(blocks=(1024, 4096, 16384), width=1152, models=(4096, 16384), depth=28)
+REHEARSAL = Sizes(1, 4, 8, (12, 8), 3, (16,), 64, (16,), 2)
 
 
 def published_merge(
@@ -265,6 +272,46 @@ def measure_blocks(sizes: Sizes, device: str = "cpu", repeats: int = 3) -> list[
     return rows
 
 
+@torch.no_grad()
+def measure_models(sizes: Sizes, device: str = "cpu", repeats: int = 3) -> list[dict[str, Any]]:
+    """FlexTok's flow decoder end to end (one evaluation), with 32 condition tokens."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    side = max(math.isqrt(count) for count in sizes.models)
+    model = FlowDecoder(16, 2, side, 32, sizes.width, sizes.depth, 64, 4.0, 6, 1000.0)
+    model = model.to(device, dtype).eval()
+    rows = []
+    for count in sizes.models:
+        side = math.isqrt(count)
+        x = torch.randn(sizes.batch, 16, 2 * side, 2 * side, device=device, dtype=dtype)
+        t = torch.full((sizes.batch,), 0.5, device=device, dtype=dtype)
+        codes = torch.randn(sizes.batch, 32, 6, device=device, dtype=dtype)
+
+        def plain(x: Tensor = x, t: Tensor = t, codes: Tensor = codes) -> Tensor:
+            return model(x, t, *model.condition(codes))
+
+        def merged(method: str, plain: Callable[[], Tensor] = plain) -> Callable:
+            def run() -> Tensor:
+                with apply_token_merging(model, method, 0.5, merge_mlp=True, min_tokens=0):
+                    return plain()
+
+            return run
+
+        methods = ("tome_sd", "pitome")
+        alone, *others = least_seconds([plain, *map(merged, methods)], device, repeats)
+        for method, seconds in zip(methods, others, strict=True):
+            rows.append(
+                {
+                    "tokens": count,
+                    "method": method,
+                    "plain_seconds": alone,
+                    "seconds": seconds,
+                    "gain": alone / seconds,
+                }
+            )
+    return rows
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The report as tables."""
     machine = report["machine"]
@@ -290,33 +337,41 @@ def markdown(report: dict[str, Any]) -> str:
             f"| {row['method']}, {row['on']} | {row['tokens']} | {row['plain_seconds']:.4f} "
             f"| {row['seconds']:.4f} | {row['gain']:.2f} |"
         )
+    lines += [
+        "",
+        f"| transformer of {machine['depth']} blocks of {machine['width']}, half merged | tokens "
+        f"| plain {unit} | merged {unit} | gain |",
+        "| --- | --: | --: | --: | --: |",
+    ]
+    for row in report["models"]:
+        lines.append(
+            f"| {row['method']} | {row['tokens']} | {row['plain_seconds']:.4f} "
+            f"| {row['seconds']:.4f} | {row['gain']:.2f} |"
+        )
     return "\n".join([*lines, ""])
+
+
+def report_on(device: str, repeats: int) -> dict[str, Any]:
+    """The machine and all tables, with one thread."""
+    torch.set_num_threads(1)
+    sizes = {"cuda": CUDA, "rehearsal": REHEARSAL}.get(device, Sizes())
+    shape = {"width": sizes.width, "depth": sizes.depth}
+    kind = "cpu" if device == "rehearsal" else device
+    return {
+        "machine": machine(device) | shape,
+        "rows": measure(sizes, kind, repeats),
+        "blocks": measure_blocks(sizes, kind, repeats),
+        "models": measure_models(sizes, kind, repeats),
+    }
 
 
 def main(
     out: Annotated[Path, typer.Option(help="JSON file to write; the tables go beside it.")],
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or rehearsal.")] = "cpu",
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each form.")] = 5,
 ) -> None:
     """Measure token reduction on this machine."""
-    torch.set_num_threads(1)
-    sizes = Sizes(blocks=(1024, 4096, 16384), width=1152) if device == "cuda" else Sizes()
-    with atomic_path(out) as json_path, atomic_path(out.with_suffix(".md")) as table_path:
-        report = {
-            "machine": {
-                "device": device,
-                "name": torch.cuda.get_device_name() if device == "cuda" else processor(),
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "width": sizes.width,
-            },
-            "rows": measure(sizes, device, repeats),
-            "blocks": measure_blocks(sizes, device, repeats),
-        }
-        json_path.write_text(json.dumps(report, indent=2) + "\n", "utf8")
-        table_path.write_text(markdown(report), "utf8")
-    typer.echo(markdown(report))
+    write_report(out, partial(report_on, device, repeats), markdown)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""The benchmark of the scans: its baselines compute the same, and both of its parts run."""
+"""The benchmark of the scans: its baselines compute the same; its GPU part: test_bench_kernels."""
 
 from __future__ import annotations
 
 import torch
 
 from tessera.benchmarks.bench_scans import (
-    REHEARSAL,
     Sizes,
     markdown,
     measure,
@@ -24,13 +23,9 @@ def test_baselines_compute_the_same():
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_both_parts_run():
+def test_cpu_tables():
     machine = {"name": "", "threads": 1, "torch": "", "python": ""}
     machine |= {"heads": 2, "head_dim": 4, "state": 8}
-    cpu = measure(Sizes((64, 128), 2, 4, 8), "cpu", 1)
-    gpu = measure(REHEARSAL, "rehearsal", 1)
-    assert [row["length"] for row in cpu["ratios"]] == [64, 128]
-    assert gpu["scans"][1]["error"] < 1e-5
-    assert gpu["blocks"][0]["tokens"] == 64
-    for name in ("ssd / loop", "mamba_ssm", "attention"):
-        assert name in markdown({"machine": machine, **cpu, **gpu})
+    report = measure(Sizes((64, 128), 2, 4, 8), "cpu", 1)
+    assert [row["length"] for row in report["ratios"]] == [64, 128]
+    assert "ssd / loop" in markdown({"machine": machine, **report})

@@ -634,12 +634,21 @@ def test_benchmark_counts_memory_and_writes_tables():
     held = bench.extra_bytes(lambda: (torch.ones(250_000) * 2).sum(), "cpu")
     assert 2_000_000 <= held < 2_001_000  # The ones and the twos.
     sizes = bench.Sizes(
-        batch=1, side=8, channels=16, features=(24, 8), picks=4, blocks=(64,), width=64
-    )
+        batch=1, side=8, channels=16, features=(24, 8), picks=4, blocks=(64,), width=64,
+        models=(16,), depth=1,
+    )  # fmt: skip
     rows, blocks = bench.measure(sizes, repeats=1), bench.measure_blocks(sizes, repeats=1)
-    machine = {"device": "cpu", "name": "a CPU", "threads": 1, "torch": "2", "width": 64}
-    table = bench.markdown({"machine": machine, "rows": rows, "blocks": blocks})
-    assert len(rows) == 5 and len(blocks) == 4
-    for row in [*rows, *blocks]:
+    models = bench.measure_models(sizes, repeats=1)
+    machine = {
+        "device": "cpu",
+        "name": "a CPU",
+        "threads": 1,
+        "torch": "2",
+        "width": 64,
+        "depth": 1,
+    }
+    table = bench.markdown({"machine": machine, "rows": rows, "blocks": blocks, "models": models})
+    assert len(rows) == 5 and len(blocks) == 4 and len(models) == 2
+    for row in [*rows, *blocks, *models]:
         assert table.count(row.get("case", row.get("method"))) >= 1
     assert all(row["published_extra_mb"] > 0 for row in rows)

@@ -191,6 +191,7 @@ def attention_virtual(
     scale: float | None = None,
     causal: bool = False,
     merge_back: bool = True,
+    backend: str = "torch",
 ) -> Tensor:
     """Rotary attention over all N positions of M unique tokens (section 3.3 of the paper).
 
@@ -203,6 +204,8 @@ def attention_virtual(
         cos, sin: ``[N, D]``, halves repeated (half-split rotation).
         causal: over the positions.
         merge_back: average the outputs of the positions of each row.
+        backend: "torch" repeats the rows and attends with PyTorch's fused kernel; "triton" reads
+            them through the map, without copies and without a gradient.
 
     Returns:
         ``[B, H, M, D]``, or ``[B, H, N, D]`` without ``merge_back``.
@@ -212,11 +215,20 @@ def attention_virtual(
             f"Virtual unmerging needs a row for every position, and {a.rep.shape[1]} of them; "
             f"got {q.shape[2]} tokens."
         )
-    index = a.row.long()[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
-    q, k, v = (part.gather(2, index) for part in (q, k, v))
-    cos, sin = cos.to(q.dtype), sin.to(q.dtype)
-    q, k = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+    if backend not in ("torch", "triton"):
+        raise InputError(f'The backend must be "torch" or "triton", got "{backend}".')
+    if backend == "triton":
+        from .indexed_attention import indexed_attention
+
+        out = q.new_empty(*q.shape[:2], a.row.shape[1], v.shape[-1])
+        index, rotation = a.row[:, None], (cos, sin)
+        indexed_attention(q, k, v, index, out, causal=causal, scale=scale, rotation=rotation)
+    else:
+        index = a.row.long()[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
+        q, k, v = (part.gather(2, index) for part in (q, k, v))
+        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
+        q, k = q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
     if not merge_back:
         return out
     merged = merge(out.transpose(1, 2).flatten(2), a, mode="mean")

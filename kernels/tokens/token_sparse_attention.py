@@ -107,6 +107,7 @@ def attention_token_sparse(
     *,
     causal: bool = True,
     scale: float | None = None,
+    backend: str = "torch",
 ) -> Tensor:
     """Attention of each head among its own tokens.
 
@@ -114,17 +115,28 @@ def attention_token_sparse(
         q: ``[B, H, L, D]``.
         k, v: ``[B, Hkv, L, D]``.
         index: ascending int64 ``[B, H, S]`` of `select_tokens`, -1 = padding; None = all tokens.
+        backend: "torch" gathers the tokens and attends with PyTorch's fused kernel; "triton" reads
+            them through the index, without copies and without a gradient.
 
     Returns:
         ``[B, L, H, D]``, 0 where a head did not select a token.
     """
+    if index is not None and (index.ndim != 3 or index.shape[:2] != q.shape[:2]):
+        raise InputError(f"The index must be {list(q.shape[:2])} + [S], got {list(index.shape)}.")
+    if backend not in ("torch", "triton"):
+        raise InputError(f'The backend must be "torch" or "triton", got "{backend}".')
+    if backend == "triton" and index is not None:
+        from .indexed_attention import indexed_attention
+
+        out = q.new_zeros(len(q), q.shape[2], q.shape[1], v.shape[-1])
+        by_head = out.transpose(1, 2)
+        indexed_attention(q, k, v, index, by_head, causal=causal, scale=scale, scatter=True)
+        return out
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     if index is None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
         return out.transpose(1, 2)
-    if index.ndim != 3 or index.shape[:2] != q.shape[:2]:
-        raise InputError(f"The index must be {list(q.shape[:2])} + [S], got {list(index.shape)}.")
     padding = index < 0
     length = q.shape[2]
     at = index.masked_fill(padding, 0)[..., None].expand(-1, -1, -1, q.shape[-1])

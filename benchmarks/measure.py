@@ -35,21 +35,25 @@ def _linear_flop(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) ->
     return 2 * prod(x) * weight[0]
 
 
-# The operator behind `kernels.linear`.
-_ONEDNN_LINEAR = (
-    {torch.ops.mkldnn._linear_pointwise: _linear_flop}
-    if hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    else {}
-)
+def _lstm_flop(
+    x: Sequence[int], weight: Sequence[int], recurrent: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return 2 * x[0] * x[1] * (prod(weight) + prod(recurrent))
 
 
-_PRODUCTS = {*flop_registry, *_ONEDNN_LINEAR}
+# The operators behind `kernels.linear`, and behind nn.LSTM on a CPU.
+_ONEDNN = {torch.ops.aten.mkldnn_rnn_layer: _lstm_flop}
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    _ONEDNN[torch.ops.mkldnn._linear_pointwise] = _linear_flop
+
+
+_PRODUCTS = {*flop_registry, *_ONEDNN}
 
 
 def count_flop(function: Callable[[], Any]) -> int:
     """Floating-point operations of the products, convolutions and attention in a call."""
     # The counter does not know CPU's fused attention; as plain products it counts the same.
-    counter = FlopCounterMode(display=False, custom_mapping=_ONEDNN_LINEAR)
+    counter = FlopCounterMode(display=False, custom_mapping=_ONEDNN)
     with sdpa_kernel(SDPBackend.MATH), counter:
         function()
     return counter.get_total_flops()

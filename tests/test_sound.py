@@ -8,6 +8,8 @@ import torch
 from tessera.generators.autoregressive.sound import SoundTransformer
 from tessera.generators.conditioning.words import WordEncoder, pooled, split_words
 from tessera.modalities.errors import InputError
+from tessera.pipelines.text_to_sound import TextToSoundPipeline
+from tessera.tokenizers.audio.wavtokenizer import WavTokenizer
 
 
 def tiny(**options) -> SoundTransformer:
@@ -77,3 +79,69 @@ def test_training_learns_captions_and_lengths():
     made = model.generate(["a bell", "a drum"], streams(0, 1), temperature=0)
     assert [len(ids[0]) for ids in made] == pytest.approx([10, 30], abs=4)
     assert set(made[0][0].tolist()) == {3} and set(made[1][0].tolist()) == {9}
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> TextToSoundPipeline:
+    torch.manual_seed(0)
+    codec = WavTokenizer(
+        sample_rate=3200,
+        filters=4,
+        strides=(2, 4, 8),
+        lstm_layers=1,
+        latent_dim=8,
+        vocab_size=16,
+        dim=64,
+        intermediate_dim=32,
+        num_layers=1,
+    ).eval()
+    codec.quantizer.embed.normal_()
+    return TextToSoundPipeline(codec, tiny())
+
+
+def test_several_sounds_of_a_caption(pipeline):
+    made = pipeline(
+        "a bell", seconds=0.5, num_sounds_per_prompt=2, generator=streams(7, 8), temperature=2.0
+    )
+    alone = pipeline("a bell", seconds=0.5, generator=streams(8), temperature=2.0)
+    assert made.seeds == [7, 8] and made.sample_rate == 3200
+    assert made.sounds[0].shape == (1, 1600)
+    assert torch.equal(made.tokens[1], alone.tokens[0])
+    assert not torch.equal(made.tokens[0], made.tokens[1])
+    assert float(made.sounds[0][0, -1]) == 0
+
+
+def test_progress_counts_frames_and_a_callback_cancels(pipeline):
+    steps = []
+    pipeline("a bell", seconds=0.1, callback=lambda step, total: steps.append((step, total)))
+    assert steps == [(i, 5) for i in range(1, 6)]
+
+    def stop(step, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline("a bell", callback=stop)
+    assert pipeline("a bell", seconds=0.1).sounds
+
+
+def test_a_pipeline_is_saved_and_loaded(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    again = TextToSoundPipeline.from_pretrained(tmp_path)
+    made, remade = (
+        p("a bell", seconds=0.2, generator=streams(1)).sounds[0] for p in (pipeline, again)
+    )
+    assert torch.equal(made, remade)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt": " "}, "empty"),
+        ({"prompt": "a bell", "seconds": 60.0}, "up to 2 seconds"),
+        ({"prompt": "a bell", "num_sounds_per_prompt": 0}, "at least 1"),
+        ({"prompt": "a bell", "guidance_scale": float("nan")}, "[Gg]uidance"),
+    ],
+)
+def test_bad_requests(pipeline, settings, message):
+    with pytest.raises(InputError, match=message):
+        pipeline(**settings)

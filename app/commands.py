@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..modalities.errors import InputError
+from .commands_edit import edit, grid
 from .commands_image import image, info
 from .commands_models import models
 from .commands_shared import (
@@ -109,6 +110,8 @@ cli.command("decode")(decode)
 cli.command("reconstruct")(reconstruct)
 cli.command("info")(info)
 cli.add_typer(models, name="models")
+cli.add_typer(edit, name="edit")
+cli.command("grid")(grid)
 
 
 @cli.command()

@@ -32,62 +32,80 @@ from .commands_shared import (
     progress_bar,
     slug,
 )
+from .records import STREAM_SETTINGS, picture_record, recorded_edit
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ..pipelines.text_to_image import ImagePipelineOutput, TextToImagePipeline
+    from ..pipelines.editing import Edit
+    from ..pipelines.image_generation import ImageGenerationPipeline, ImagePipelineOutput
 
 # Pictures of one prompt drawn together. Their number is part of the record, since the rounding of
 # matrix products depends on it.
 BATCH = 8
 MAX_PROMPT_FILE_CHARACTERS = 1_000_000
-_STREAM_SETTINGS = (
-    "num_tokens",
-    "num_inference_steps",
-    "guidance_scale",
-    "temperature",
-    "top_k",
-    "top_p",
-    "style",
-)
+
+Count = Annotated[
+    int, typer.Option("-n", "--count", min=1, max=1000, help="Pictures of each prompt.")
+]
+Seed = Annotated[
+    int | None, typer.Option(help="Of the first picture; default: random, and printed.")
+]
+Out = Annotated[
+    str | None, typer.Option("-o", "--out", help="A file or a folder; default: outputs/DATE/.")
+]
+Model = Annotated[str, typer.Option(help="Name or folder of a model.")]
+TokenizerOf = Annotated[
+    str | None, typer.Option("--tokenizer", help="Of a folder that holds a generator alone.")
+]
+Style = Annotated[str | None, typer.Option(help="One of the model's styles.")]
+Tokens = Annotated[int | None, typer.Option(help="Fewer are coarser and quicker.")]
+Guidance = Annotated[
+    float | None, typer.Option(min=0, max=100, help="How strongly the prompt is followed.")
+]
+Temperature = Annotated[
+    float | None, typer.Option(min=0, max=100, help="0 is the likeliest, 1 as trained.")
+]
+TopK = Annotated[int | None, typer.Option(min=1, help="Draw among the likeliest so many.")]
+TopP = Annotated[float | None, typer.Option(help="Draw among the likeliest of this sum.")]
+Steps = Annotated[
+    int | None,
+    typer.Option(min=1, max=1000, help="Of the generator, or of a decoder that alone takes steps."),
+]
+Format = Annotated[
+    Literal["png", "webp", "jpeg"] | None, typer.Option("--format", help="Default: png.")
+]
 
 
 def image(
     prompt: Annotated[
-        str | None, typer.Argument(help="What to draw; {red,blue} makes both.", show_default=False)
-    ] = None,
-    count: Annotated[
-        int, typer.Option("-n", "--count", min=1, max=1000, help="Pictures of each prompt.")
-    ] = 1,
-    seed: Annotated[
-        int | None, typer.Option(help="Of the first picture; default: random, and printed.")
-    ] = None,
-    out: Annotated[
         str | None,
-        typer.Option("-o", "--out", help="A file or a folder; default: outputs/DATE/."),
+        typer.Argument(
+            help="What to draw, or a class by name or number; {red,blue} makes both.",
+            show_default=False,
+        ),
     ] = None,
-    model: Annotated[str, typer.Option(help="Name or folder of a model.")] = DEFAULT_MODEL,
-    style: Annotated[str | None, typer.Option(help="One of the model's styles.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Fewer are coarser and quicker.")] = None,
-    guidance: Annotated[
-        float | None, typer.Option(min=0, max=100, help="How strongly the prompt is followed.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(min=0, max=100, help="0 is the likeliest, 1 as trained.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Of the decoder.")] = None,
+    count: Count = 1,
+    seed: Seed = None,
+    out: Out = None,
+    model: Model = DEFAULT_MODEL,
+    tokenizer: TokenizerOf = None,
+    style: Style = None,
+    tokens: Tokens = None,
+    guidance: Guidance = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    steps: Steps = None,
     from_file: Annotated[
         str | None, typer.Option("--from", help="A text file with one prompt a line; - is stdin.")
     ] = None,
-    file_format: Annotated[
-        Literal["png", "webp", "jpeg"] | None, typer.Option("--format", help="Default: png.")
-    ] = None,
+    file_format: Format = None,
     force: Force = False,
     as_json: AsJson = False,
     no_metadata: Metadata = False,
 ) -> None:
-    """Make pictures from a sentence.
+    """Make pictures from a sentence, or of a class.
 
     Picture i of a prompt has the seed SEED + i and shows the same, whatever -n is. The settings
     are kept in each file: see tessera info.
@@ -109,36 +127,50 @@ def image(
         existing = [path for row in paths for path in row if path.exists()]
         check_outputs(existing[:1], force)
 
-    start = time.perf_counter()
-    pipeline = load_pipeline(model)
+    pipeline = load_pipeline(model, tokenizer)
+    given = (tokens, steps, guidance, temperature, top_k, top_p, style)
+    settings = choose_settings(pipeline, *given)
     for text in prompts:
-        report = pipeline.prompt_report(text)
-        if report.cut:
-            cut = report.cut if len(report.cut) <= 80 else report.cut[:80] + "…"
-            note(
-                f"Warning: Prompt has {report.words} words; this model reads the first "
-                f'{len(report.kept.split())}. Not read: "{cut}"'
-            )
-    settings = _settings(pipeline, tokens, steps, guidance, temperature, style)
-    sha256 = weights_sha256(model)
+        check_condition(pipeline, text)
+    batches = [
+        (text, seeds[first : first + BATCH], row[first : first + BATCH])
+        for text, row in zip(prompts, paths, strict=True)
+        for first in range(0, count, BATCH)
+    ]
+    make_pictures(pipeline, batches, settings, None, force, as_json, not no_metadata)
+
+
+def make_pictures(
+    pipeline: ImageGenerationPipeline,
+    batches: list[tuple[Any, list[int], list[Path]]],
+    settings: dict[str, Any],
+    edit: Edit | None,
+    force: bool,
+    as_json: bool,
+    metadata: bool,
+) -> None:
+    """Draw and write batches of (condition, seeds, files), and name the files on stdout."""
+    start = time.perf_counter()
+    sha256 = weights_sha256(pipeline.name)
     saved: list[dict[str, Any]] = []
     try:
         with progress_bar() as bar:
-            label = f"{Path(model).name}  {settings['num_tokens']} tokens  seed {seed}"
-            total = len(prompts) * count * settings["num_tokens"]
-            task = bar.add_task(label, total=total)
-            for text, row in zip(prompts, paths, strict=True):
-                for first in range(0, count, BATCH):
-                    part = slice(first, first + BATCH)
-                    advance = partial(bar.advance, task, len(seeds[part]))
-                    output = _draw(pipeline, text, seeds[part], settings, advance)
-                    saving = (sha256, row[part], force, not no_metadata)
-                    for picture in _save(pipeline, text, output, settings, *saving):
-                        saved.append(picture)
+            steps = yields(pipeline, settings)
+            first_seed = batches[0][1][0]
+            label = (
+                f"{Path(pipeline.name).name}  {steps} {pipeline.generator.unit}s  seed {first_seed}"
+            )
+            task = bar.add_task(label, total=steps * sum(len(seeds) for _, seeds, _ in batches))
+            for condition, seeds, files in batches:
+                advance = partial(bar.advance, task, len(seeds))
+                output = draw(pipeline, condition, seeds, settings, advance, edit)
+                saving = (settings, edit, sha256, files, force, metadata)
+                for picture in _save(pipeline, condition, output, *saving):
+                    saved.append(picture)
     finally:  # Also after Ctrl-C or with a full disk: what is there is named.
         if as_json:
             seconds = round(time.perf_counter() - start, 2)
-            print_json({"model": model, "seconds": seconds, "pictures": saved})
+            print_json({"model": pipeline.name, "seconds": seconds, "pictures": saved})
         else:
             for picture in saved:
                 typer.echo(picture["path"])
@@ -258,52 +290,84 @@ def _names(
     return [[folder / f"{time_of_day}{stem}_{seed}.{suffix}" for seed in seeds] for stem in stems]
 
 
-def _settings(
-    pipeline: TextToImagePipeline,
-    tokens: int | None,
-    steps: int | None,
-    guidance: float | None,
-    temperature: float | None,
-    style: str | None,
+def choose_settings(
+    pipeline: ImageGenerationPipeline,
+    tokens: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    style: str | None = None,
 ) -> dict[str, Any]:
-    """Every setting with its value, so that a record stays true when defaults change."""
-    default = pipeline.config
-    values = (
-        pipeline.default_num_tokens if tokens is None else tokens,
-        steps or pipeline.tokenizer.config.num_inference_steps,
-        default.guidance_scale if guidance is None else guidance,
-        default.temperature if temperature is None else temperature,
-        default.top_k,
-        default.top_p,
-        style,
-    )
-    return dict(zip(_STREAM_SETTINGS, values, strict=True))
+    """Every setting with its value, so that a record stays true when defaults change.
+
+    Raises:
+        InputError: one that the model does not take.
+    """
+    found = pipeline.settings
+    given = {
+        "num_tokens": tokens,
+        "guidance_scale": guidance,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "num_steps" if "num_steps" in found else "num_inference_steps": steps,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    pipeline.check_settings(given)
+    if style is not None and pipeline.condition == "class":
+        raise InputError(f'"{pipeline.name}" draws classes and knows no styles: leave out --style.')
+    return {**found, **given, **({} if style is None else {"style": style})}
 
 
-def _draw(
-    pipeline: TextToImagePipeline,
-    prompt: str,
+def check_condition(pipeline: ImageGenerationPipeline, text: str) -> None:
+    """Refuse a class that is none; say what of a prompt is not read."""
+    if pipeline.condition == "class":
+        pipeline.class_label(text)
+        return
+    report = pipeline.prompt_report(text)
+    if report.cut:
+        cut = report.cut if len(report.cut) <= 80 else report.cut[:80] + "…"
+        note(
+            f"Warning: Prompt has {report.words} words; this model reads the first "
+            f'{len(report.kept.split())}. Not read: "{cut}"'
+        )
+
+
+def yields(pipeline: ImageGenerationPipeline, settings: dict[str, Any]) -> int:
+    """Steps until a picture of these settings is there."""
+    return pipeline.generator.num_yields(settings.get("num_tokens"), settings.get("num_steps"))
+
+
+def draw(
+    pipeline: ImageGenerationPipeline,
+    condition: Any,
     seeds: list[int],
     settings: dict[str, Any],
     advance: Callable[[], None],
+    edit: Edit | None = None,
 ) -> ImagePipelineOutput:
-    """One batch of one prompt; ``advance`` is called after each token."""
+    """One batch of one condition, or of a list of them; ``advance`` is called after each step."""
     from ..pipelines.seeds import seed_generators
 
-    generators = seed_generators(seeds[0], len(seeds))
-    for step in pipeline.stream(
-        prompt, num_images_per_prompt=len(seeds), generator=generators, **settings
-    ):
+    generators = [seed_generators(seed, 1)[0] for seed in seeds]
+    many = len(condition) if isinstance(condition, list) else 1
+    options = {"num_images_per_prompt": len(seeds) // many, "generator": generators, **settings}
+    stop = options.pop("stopped_at", None)
+    for step in pipeline.stream(condition, edit=edit, **options):
         advance()
-        output = step.output
-    return output
+        if step.step == stop:
+            return step.finish()
+    return step.output
 
 
 def _save(
-    pipeline: TextToImagePipeline,
-    prompt: str,
+    pipeline: ImageGenerationPipeline,
+    condition: Any,
     output: ImagePipelineOutput,
     settings: dict[str, Any],
+    edit: Edit | None,
     sha256: str | None,
     paths: list[Path],
     force: bool,
@@ -311,35 +375,25 @@ def _save(
 ) -> Iterator[dict[str, Any]]:
     """Write the pictures of a batch, and tell of each once it is there."""
     from ..modalities.image import save_image
-    from ..modalities.metadata import make_record
 
     paths[0].parent.mkdir(parents=True, exist_ok=True)
-
-    size = pipeline.image_size
-    settings = {
-        **{key: value for key, value in settings.items() if value is not None},
-        "width": size,
-        "height": size,
-        "num_images_per_prompt": len(paths),
-    }
     for index, (path, picture, seed) in enumerate(
         zip(paths, output.images, output.seeds, strict=True)
     ):
-        record = make_record(
-            type(pipeline).__name__,
-            pipeline.name,
-            prompt,
+        record = picture_record(
+            pipeline,
+            condition[index] if isinstance(condition, list) else condition,
             seed,
             index,
             settings,
+            len(paths),
             output.tokens[index],
-            pipeline.name,
-            sha256=sha256,
-            device=pipeline.device,
-            dtype=pipeline.dtype,
+            edit,
+            sha256,
         )
         save_image(picture, path, record if metadata else None, overwrite=force)
-        yield {"path": str(path), "prompt": prompt, "seed": seed, "tokens": record["tokens"]}
+        shown = {"prompt": record["prompt"], "seed": seed, "tokens": record["tokens"]}
+        yield {"path": str(path), **shown}
 
 
 def _token_info(file: Path, as_json: bool) -> None:
@@ -379,8 +433,8 @@ def _rerun(file: Path, record: dict[str, Any], model: str | None) -> dict[str, A
         raise InputError(
             f'"{file}" has no prompt, seed or tokens in its settings: it cannot be made again.'
         )
-    if record["pipeline"] == "TextToImagePipeline":
-        picture, tokens = _redraw(record, model)
+    if record["pipeline"] in ("TextToImagePipeline", "ClassToImagePipeline"):
+        picture, tokens = _redraw(record, model, file)
     elif record["pipeline"] == "ReconstructionPipeline":
         picture, tokens = _redecode(record, model)
     else:
@@ -410,21 +464,33 @@ def _rerun(file: Path, record: dict[str, Any], model: str | None) -> dict[str, A
     return {**result, "verdict": verdict}
 
 
-def _redraw(record: dict[str, Any], model: str) -> tuple[Image, str]:
-    from ..modalities.metadata import encode_tokens
+def _redraw(record: dict[str, Any], model: str, file: Path) -> tuple[Image, str]:
+    from ..modalities.metadata import decode_tokens, encode_tokens
+    from ..pipelines.editing import blends
     from ..pipelines.seeds import MAX_SEED
 
     pipeline = load_pipeline(model)
-    settings = {key: record["settings"].get(key) for key in _STREAM_SETTINGS}
+    recorded = record["settings"]
+    settings = {
+        key: recorded[key]
+        for key in (*STREAM_SETTINGS, "stopped_at")
+        if recorded.get(key) is not None
+    }
     # The whole batch again, since its size decides how matrix products are rounded.
-    batch = record["settings"].get("num_images_per_prompt") or 1
+    batch = recorded.get("num_images_per_prompt") or 1
     index = record["index"] or 0
     if not index < batch <= BATCH:
         batch, index = 1, 0
     seeds = [(record["seed"] - index + i) % (MAX_SEED + 1) for i in range(batch)]
+    condition = recorded.get("class_label", record["prompt"])
+    if recorded.get("edit") == "blend":
+        second = recorded.get("second_label", recorded.get("second"))
+        condition, seeds = blends(condition, second, batch), [record["seed"]] * batch
+    edit = recorded_edit(pipeline, recorded, decode_tokens(record["tokens"]), file)
     with progress_bar() as bar:
-        task = bar.add_task(f"{Path(model).name}  rerun", total=settings["num_tokens"])
-        output = _draw(pipeline, record["prompt"], seeds, settings, partial(bar.advance, task))
+        task = bar.add_task(f"{Path(model).name}  rerun", total=yields(pipeline, settings))
+        advance = partial(bar.advance, task)
+        output = draw(pipeline, condition, seeds, settings, advance, edit)
     return output.images[index], encode_tokens(output.tokens[index])
 
 

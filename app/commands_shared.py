@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from rich.progress import Progress
 
-    from ..pipelines.text_to_image import TextToImagePipeline
+    from ..pipelines.image_generation import ImageGenerationPipeline
     from ..tokenizers.base import Tokenizer
 
 DEFAULT_MODEL = "sticker"
@@ -121,23 +121,17 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_pipeline(model: str) -> TextToImagePipeline:
-    """A text-to-image model on the best device; what its licence forbids is said on stderr."""
-    from ..weights.registry import find_model, list_models
+def load_pipeline(model: str, tokenizer: str | None = None) -> ImageGenerationPipeline:
+    """A model that makes pictures, on the best device; what its licence forbids is said on stderr."""
+    from ..weights.registry import find_model
 
-    info = find_model(model)
-    if info is not None and info.task != "text-to-image":
-        known = ", ".join(list_models(task="text-to-image")) or "none"
-        raise InputError(
-            f'"{info.name}" is a {info.task} model and makes no pictures from text: choose one of '
-            f"{known}."
-        )
-    from ..pipelines.text_to_image import TextToImagePipeline
+    info = find_model(model, "-to-image")
+    from ..pipelines.auto import load_image_pipeline
     from ..weights.loading import licence_notice
 
     quiet_diffusers()
-    pipeline = TextToImagePipeline.from_pretrained(model)
-    if info is not None and licence_notice(info) is not None:
+    pipeline = load_image_pipeline(model, **({} if tokenizer is None else {"tokenizer": tokenizer}))
+    if info is not None and info.shipped and licence_notice(info) is not None:
         note(f"Note: {licence_notice(info)}")
     return pipeline.to(device())
 

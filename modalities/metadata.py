@@ -32,6 +32,11 @@ _SETTING_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _SETTING_RANGES = {
     "num_tokens": (1, 65_536),
     "num_inference_steps": (1, 1_000),
+    "num_steps": (1, 1_000),
+    "class_label": (0, 65_535),
+    "second_label": (0, 65_535),
+    "keep": (1, 65_536),
+    "stopped_at": (1, 1_000_000),
     "guidance_scale": (0.0, 100.0),
     "temperature": (0.0, 100.0),
     "top_k": (1, MAX_SEED),
@@ -44,13 +49,18 @@ _PARAMETER_LABELS = {"num_inference_steps": "Steps", "guidance_scale": "CFG scal
 
 
 def encode_tokens(tokens: Tensor) -> str:
-    """Token ids ``[N]`` -> base64url text without padding.
+    """Token ids ``[N]`` or continuous tokens ``[N, D]`` -> base64url text without padding.
 
-    The bytes are one header byte, 16 or 32 (bits of an id), then N little-endian unsigned ids.
+    The bytes are one header byte, 16 or 32 (bits of an id), then N little-endian unsigned ids; or 0, D
+    in two bytes and N D little-endian float32 values.
 
     Raises:
         InputError: not integers, not one-dimensional, or an id outside 0 to 2**32 - 1.
     """
+    if tokens.ndim == 2 and tokens.dtype.is_floating_point:
+        data = b"\0" + tokens.shape[1].to_bytes(2, "little")
+        data += tokens.cpu().numpy().astype("<f4").tobytes()
+        return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
     if tokens.ndim != 1 or tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
         raise InputError(
             f"Tokens to write must be whole numbers of shape [count], got "
@@ -66,7 +76,7 @@ def encode_tokens(tokens: Tensor) -> str:
 
 
 def decode_tokens(text: str) -> Tensor:
-    """The int64 ids ``[N]`` that `encode_tokens` wrote.
+    """The int64 ids ``[N]`` or float32 tokens ``[N, D]`` that `encode_tokens` wrote.
 
     Raises:
         InputError: the text is longer than 64 kB or was not written by `encode_tokens`.
@@ -76,6 +86,12 @@ def decode_tokens(text: str) -> Tensor:
         if len(text) > MAX_RECORD_BYTES:
             raise ValueError
         data = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+        if data[:1] == b"\0":
+            values = np.frombuffer(data, "<f4", offset=3)
+            values = values.reshape(-1, int.from_bytes(data[1:3], "little"))
+            if not np.isfinite(values).all():
+                raise ValueError
+            return torch.from_numpy(values.astype(np.float32))
         if data[:1] not in (b"\x10", b"\x20"):
             raise ValueError
         ids = np.frombuffer(data, f"<u{data[0] // 8}", offset=1)

@@ -125,7 +125,7 @@ class ClassToImagePipeline(ImageGenerationPipeline):
         conditions = [class_labels] if one else list(class_labels)
         if not conditions:
             raise InputError("The list of classes is empty: give at least one class.")
-        settings, steps = self._settings(
+        settings, steps = self.check_settings(
             {
                 "num_tokens": num_tokens,
                 "num_steps": num_steps,

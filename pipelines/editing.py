@@ -51,6 +51,7 @@ class Edit:
         kind: how it was made.
         tokens, token_mask: ``[1, n]`` (or ``[1, n, latent_dim]``), bool ``[1, n]``: True = kept.
         arguments: further arguments of the generator's ``stream``, ``[1, ...]`` each.
+        cells: which tokens of the grid stay, bool ``[1, p, p]``.
         picture, kept: known pixels ``[1, 3, S, S]`` in [-1, 1] and where they stay, bool
             ``[1, 1, S, S]``.
         side: at which side of ``canvas`` the generated square lies.
@@ -61,6 +62,7 @@ class Edit:
     tokens: Tensor
     token_mask: Tensor
     arguments: dict[str, Tensor] = field(default_factory=dict)
+    cells: Tensor | None = None
     picture: Tensor | None = None
     kept: Tensor | None = None
     side: str | None = None
@@ -116,15 +118,22 @@ def inpainting(
     cells = F.adaptive_avg_pool2d(redraw.float(), side) < COVERED
     if bool(cells.all()):
         raise InputError("The mask paints over no token: paint a larger area.")
-    kept = F.interpolate(cells.float(), picture.shape[-2:]) > 0.5
-    return Edit(
-        kind,
-        tokenizer.encode(picture),
-        generator.token_mask(cells[:, 0]),
-        generator.edit_arguments(tokenizer, picture, kept, cells[:, 0]),
-        picture,
-        kept,
-    )
+    return keep_cells(generator, tokenizer, picture, cells[:, 0], tokenizer.encode(picture), kind)
+
+
+def keep_cells(
+    generator: ImageGenerator,
+    tokenizer: Tokenizer,
+    picture: Tensor,
+    cells: Tensor,
+    tokens: Tensor,
+    kind: Literal["inpaint", "outpaint"],
+) -> Edit:
+    """Keep tokens ``[1, n]`` and pixels ``[1, 3, S, S]`` where a map over the grid, bool
+    ``[1, p, p]``, is True."""
+    kept = F.interpolate(cells[:, None].float(), picture.shape[-2:]) > 0.5
+    arguments = generator.edit_arguments(tokenizer, picture, kept, cells)
+    return Edit(kind, tokens, generator.token_mask(cells), arguments, cells, picture, kept)
 
 
 def outpainting(

@@ -279,7 +279,7 @@ class ImageGenerationPipeline(DiffusionPipeline):
 
     # Sampling
 
-    def _settings(self, given: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
+    def check_settings(self, given: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
         """All settings of the generator, and the decoder's steps, where None was given the default.
 
         Raises:

@@ -253,7 +253,7 @@ class TextToImagePipeline(ImageGenerationPipeline):
         check_output_type(output_type)
         prompts = [prompt] if isinstance(prompt, str | Blend) else list(prompt)
         negatives = self._check(height, width, style, negative_prompt, len(prompts))
-        settings, steps = self._settings(
+        settings, steps = self.check_settings(
             {
                 "num_tokens": num_tokens,
                 "num_steps": num_steps,

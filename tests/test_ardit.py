@@ -20,7 +20,14 @@ def seeds(*numbers):
 
 def tiny(**options) -> ARDiT:
     torch.manual_seed(0)
-    options = {"vocab_size": 11, "num_classes": 2, "dim": 16, "depth": 2, "heads": 2, **options}
+    options = {
+        "symbols": list("abcdefghij"),
+        "classes": ["x", "y"],
+        "dim": 16,
+        "depth": 2,
+        "heads": 2,
+        **options,
+    }
     model = ARDiT(latent_dim=WIDTH, block_size=SIZE, mlp_ratio=2.0, **options).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -30,9 +37,8 @@ def tiny(**options) -> ARDiT:
 
 
 def texts():
-    mask = torch.ones(2, 4, dtype=torch.bool)
-    mask[1, 2:] = False
-    return {"text": torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]]), "text_mask": mask}
+    text = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]])
+    return {"text": text, "text_mask": text > 0}
 
 
 def condition():
@@ -123,6 +129,13 @@ def test_items_do_not_depend_on_their_batch():
     assert torch.equal(both, again)
 
 
+def test_text_is_read_symbol_by_symbol():
+    read = tiny().encode_text(["abcd", ["e", "?", "f"]])
+    assert all(torch.equal(read[name], value) for name, value in texts().items())
+    with pytest.raises(InputError, match="no symbol"):
+        tiny().encode_text(["abc", "!?"])
+
+
 def test_stream_grows_block_by_block_and_text_gives_the_length():
     model = tiny(latents_per_token=2.4)
     pieces = list(model.stream(seeds(1, 2), num_steps=1, **condition()))
@@ -134,7 +147,7 @@ def test_stream_grows_block_by_block_and_text_gives_the_length():
 
 
 def test_a_model_without_training_passes_noise_through():
-    model = tiny(vocab_size=0, num_classes=0)
+    model = tiny(symbols=(), classes=())
     model.init_weights()
     made = model.generate(seeds(3), lengths=torch.tensor([6]), num_steps=4)
     noise = torch.stack(
@@ -151,7 +164,15 @@ def test_a_model_without_training_passes_noise_through():
 def test_a_toy_is_learned():
     torch.manual_seed(1)
     model = ARDiT(
-        2, 2, num_classes=2, dim=32, depth=2, heads=2, mlp_ratio=2.0, context_dropout=0.0, fill=0.3
+        2,
+        2,
+        classes=["x", "y"],
+        dim=32,
+        depth=2,
+        heads=2,
+        mlp_ratio=2.0,
+        context_dropout=0.0,
+        fill=0.3,
     )
     model.init_weights()
     time = torch.arange(6.0)
@@ -165,8 +186,8 @@ def test_a_toy_is_learned():
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     losses = []
-    for _ in range(150):
-        latents, labels = batch(32)
+    for _ in range(250):
+        latents, labels = batch(48)
         loss, parts = model(latents, labels=labels)
         optimizer.zero_grad()
         loss.backward()
@@ -214,7 +235,7 @@ def test_settings_that_mean_nothing():
     with pytest.raises(InputError, match="takes text"):
         model.generate(seeds(1, 2), lengths=lengths, labels=torch.tensor([0, 1]))
     with pytest.raises(InputError, match="no labels"):
-        tiny(num_classes=0).generate(seeds(1, 2), lengths=lengths, **condition())
+        tiny(classes=()).generate(seeds(1, 2), lengths=lengths, **condition())
     with pytest.raises(InputError, match="give lengths"):
         model.generate(seeds(1, 2), **condition())
     with pytest.raises(InputError, match="1 latent or more"):

@@ -120,7 +120,7 @@ def test_converter_spreads_shared_parameters():
 @pytest.mark.parametrize("mode", ["diagonal", "dplr"])
 @pytest.mark.parametrize("classes", [0, 3])
 def test_steps_give_the_logits_of_the_parallel_pass(mode, classes):
-    model = tiny(mode=mode, num_classes=classes)
+    model = tiny(mode=mode, classes=list("abc")[:classes])
     labels = torch.tensor([1, 2]) if classes else None
     tokens = torch.randint(16, (2, 1, 22), generator=seeds(0)[0])
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_sampling_goes_on_from_a_prefix_and_is_causal():
 
 
 def test_items_have_their_own_seeds_and_pieces_add_up():
-    model = tiny(num_classes=3)
+    model = tiny(classes=list("abc"))
     labels = torch.tensor([0, 2])
     both = model.generate(seeds(1, 2), 20, labels=labels, guidance_scale=2.0, piece=7)
     alone = model.generate(seeds(2), 20, labels=labels[1:], guidance_scale=2.0)
@@ -190,7 +190,7 @@ def test_quantizer_rounds_to_its_levels():
 
 
 def test_settings_that_mean_nothing():
-    model = tiny(num_classes=3)
+    model = tiny(classes=list("abc"))
     with pytest.raises(InputError, match="labels of 0 to 2"):
         model.generate(seeds(0), 4)
     with pytest.raises(InputError, match="no labels"):

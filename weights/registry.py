@@ -20,7 +20,7 @@ import yaml
 from ..modalities.errors import InputError
 
 # Tokenizers of papers that published no weights: only those trained here can be loaded.
-TRAINED_HERE = ("tokenizers.video.phenaki:CViViT",)
+TRAINED_HERE = ("tokenizers.audio.mel:LogMel", "tokenizers.video.phenaki:CViViT")
 
 WEIGHTS = Path(__file__).parent
 SHIPPED = WEIGHTS / "shipped"

@@ -239,7 +239,7 @@ class SaShiMi(ModelMixin, ConfigMixin):
     The defaults are the published size with the simpler S4D layers; the checkpoints have mode "dplr".
 
     Args:
-        num_classes: 0 for a model without classes.
+        classes: their names; none for a model without classes.
         label_dropout: in training, for guidance.
         sample_rate: in Hz.
         bits, quantization: of `SampleQuantizer`.
@@ -251,7 +251,7 @@ class SaShiMi(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        num_classes: int = 0,
+        classes: Sequence[str] = (),
         label_dropout: float = 0.1,
         sample_rate: int = 16000,
         bits: int = 8,
@@ -267,7 +267,8 @@ class SaShiMi(ModelMixin, ConfigMixin):
         super().__init__()
         self.quantizer = SampleQuantizer(sample_rate, bits, quantization)
         self.embedding = nn.Embedding(self.vocab_size, dim)
-        self.class_embedding = nn.Embedding(num_classes + 1, dim) if num_classes else None
+        self.num_classes = len(classes)
+        self.class_embedding = nn.Embedding(self.num_classes + 1, dim) if classes else None
         self.backbone = SaShiMiBackbone(dim, depth, tuple(pool), expand, mlp_ratio, d_state, mode)
         self.head = Linear(dim, self.vocab_size)
 
@@ -282,7 +283,7 @@ class SaShiMi(ModelMixin, ConfigMixin):
 
     def check_labels(self, labels: Tensor | None) -> None:
         """Raise InputError unless there are labels exactly where the model has classes."""
-        classes = self.config.num_classes
+        classes = self.num_classes
         if (labels is None) != (classes == 0):
             wanted = f"labels of 0 to {classes - 1}" if classes else "no labels"
             raise InputError(f"This model takes {wanted}.")
@@ -313,9 +314,7 @@ class SaShiMi(ModelMixin, ConfigMixin):
             generator: of dropped labels, on the model's device.
         """
         if self.training and labels is not None:
-            labels = drop_labels(
-                labels, self.config.num_classes, self.config.label_dropout, generator
-            )
+            labels = drop_labels(labels, self.num_classes, self.config.label_dropout, generator)
         logits = self.logits(tokens, labels).float()
         each = F.cross_entropy(logits.transpose(1, 2), tokens[:, 0], reduction="none")
         loss = each.mean() if mask is None else each[mask].mean()
@@ -366,7 +365,7 @@ class SaShiMi(ModelMixin, ConfigMixin):
             ids = torch.cat([ids, prefix[:, 0]], dim=1)
         rows = batch
         if guidance_scale > 1:
-            labels = torch.cat([labels, torch.full_like(labels, self.config.num_classes)])
+            labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
             rows = 2 * batch
         label = None if labels is None else self.class_embedding(labels)
 

@@ -68,8 +68,8 @@ class ARDiT(ModelMixin, ConfigMixin):
     Args:
         latent_dim: width of a latent.
         block_size: latents of a block.
-        vocab_size: ids of the text (phones, characters); 0 for a model without text.
-        num_classes: 0 for a model without classes.
+        symbols: of the text, such as phones or characters; none for a model without text.
+        classes: their names; none for a model without classes.
         dim, depth, heads, mlp_ratio: of the transformer.
         condition_dropout: how often text and class are left out in training, for guidance.
         context_dropout: how often the blocks before are.
@@ -84,8 +84,8 @@ class ARDiT(ModelMixin, ConfigMixin):
         self,
         latent_dim: int = 16,
         block_size: int = 4,
-        vocab_size: int = 0,
-        num_classes: int = 0,
+        symbols: Sequence[str] = (),
+        classes: Sequence[str] = (),
         dim: int = 1024,
         depth: int = 24,
         heads: int = 16,
@@ -100,8 +100,9 @@ class ARDiT(ModelMixin, ConfigMixin):
             raise InputError(f"Heads of {dim // heads} channels: they must be a multiple of 4.")
         self.register_buffer("latent_mean", torch.zeros(latent_dim))
         self.register_buffer("latent_std", torch.ones(latent_dim))
-        self.text_embedding = nn.Embedding(vocab_size, dim) if vocab_size else None
-        self.class_embedding = nn.Embedding(num_classes + 1, dim) if num_classes else None
+        self.num_classes = len(classes)
+        self.text_embedding = nn.Embedding(len(symbols) + 1, dim) if symbols else None
+        self.class_embedding = nn.Embedding(self.num_classes + 1, dim) if classes else None
         self.time = TimeEmbedding(dim)
         self.input_proj = Linear(latent_dim, dim)
         self.roles = nn.Embedding(2, dim)  # Clean, noisy.
@@ -122,6 +123,24 @@ class ARDiT(ModelMixin, ConfigMixin):
         """Mean and standard deviation of latents ``[latent_dim]``: inside both are 0 and 1."""
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
+
+    def encode_text(self, texts: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+        """Texts, as sequences of symbols -> ``text`` ids ``[B, I]`` and ``text_mask`` bool ``[B, I]``.
+
+        Symbols that the model does not know are passed over.
+
+        Raises:
+            InputError: a text without any known symbol.
+        """
+        ids = {symbol: i for i, symbol in enumerate(self.config.symbols, start=1)}
+        rows = [
+            torch.tensor([ids[s] for s in text if s in ids], dtype=torch.int64) for text in texts
+        ]
+        for text, row in zip(texts, rows, strict=True):
+            if not len(row):
+                raise InputError(f"The model knows no symbol of {str(text)[:40]!r}: write another.")
+        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
+        return {"text": padded, "text_mask": padded > 0}
 
     def positions(self, places: Tensor, lengths: Tensor, text_mask: Tensor | None) -> Rope:
         """Rotary tables ``[B, T, head_dim / 2]`` of the text and of the latents at ``places``.
@@ -252,7 +271,7 @@ class ARDiT(ModelMixin, ConfigMixin):
             use_text = chances[0] >= config.condition_dropout
             use_context = chances[1] >= config.context_dropout
             if labels is not None:
-                labels = labels.masked_fill(~use_text, config.num_classes)
+                labels = labels.masked_fill(~use_text, self.num_classes)
             # A span of an item's own blocks goes behind the others, padding behind all.
             blocks = (lengths[:, None] + size - 1) // size
             ends = (chances[2:4].T * (blocks + 1)).long().sort(1).values
@@ -279,15 +298,15 @@ class ARDiT(ModelMixin, ConfigMixin):
         """Raise InputError unless there is text, and are labels, where the model takes them."""
         config = self.config
         for name, given, wanted in (
-            ("text", text is not None and text_mask is not None, bool(config.vocab_size)),
-            ("labels", labels is not None, bool(config.num_classes)),
+            ("text", text is not None and text_mask is not None, bool(config.symbols)),
+            ("labels", labels is not None, bool(config.classes)),
         ):
             if given != wanted:
                 raise InputError(f"This model takes {name if wanted else f'no {name}'}.")
         if text is not None:
-            check_ids(text, config.vocab_size)
+            check_ids(text, len(config.symbols) + 1)
         if labels is not None:
-            check_labels(labels, config.num_classes)
+            check_labels(labels, self.num_classes)
 
     def estimate_lengths(self, text_mask: Tensor) -> Tensor:
         """Latents ``[B]`` for texts of so many ids, at the pace of the training data.
@@ -341,7 +360,7 @@ class ARDiT(ModelMixin, ConfigMixin):
             if given is not None:
                 check_generators(generators, len(given))
         times = shift_times(flow_times(sampler, num_steps), time_shift)
-        conditional = bool(config.vocab_size or config.num_classes)
+        conditional = bool(config.symbols or config.classes)
         if not guidance_scale >= 1:
             raise InputError(f"The guidance scale must be 1 (off) or more, got {guidance_scale}.")
         if lengths is None:
@@ -378,7 +397,7 @@ class ARDiT(ModelMixin, ConfigMixin):
             rows = rows.repeat(2)
         use = torch.arange(len(rows), device=device) < batch
         if labels is not None:
-            labels = labels[rows].masked_fill(~use, config.num_classes)
+            labels = labels[rows].masked_fill(~use, self.num_classes)
         moments = [*evaluation_times(sampler, times), 0.0]
         condition = self.conditions(
             torch.tensor(moments, device=device).expand(len(rows), -1), labels

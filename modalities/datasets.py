@@ -101,8 +101,8 @@ class StickerPack:
         table = self.root / "captions.jsonl"
         if not table.is_file():
             raise InputError(f'No captions.jsonl in "{root}": give the sticker pack\'s folder.')
-        _check_choices("style", styles, STYLE_WORDS)
-        _check_choices("split", splits, ("train", "val", "test"))
+        check_choices("style", styles, STYLE_WORDS)
+        check_choices("split", splits, ("train", "val", "test"))
         self.stickers: list[Sticker] = []
         for number, row in json_lines(table):
             try:
@@ -277,17 +277,7 @@ class WebDataset:
 
     def captions(self, index: int) -> list[str]:
         sample = self.samples[index]
-        name = f'sample {index} of "{sample["image"][0]}"'
-        captions = text_lines(read_span(*sample["txt"]), name) if "txt" in sample else []
-        if "json" in sample:
-            try:
-                row = json.loads(read_span(*sample["json"]))
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"The .json of {name} is not JSON: repair it.") from error
-            captions += row_captions(row) if isinstance(row, dict) else []
-        if not captions:
-            raise InputError(f"There is no caption in {name}: add a .txt or .json to it.")
-        return captions
+        return sample_captions(sample, f'sample {index} of "{sample["image"][0]}"')
 
 
 KINDS = {"stickers": StickerPack, "folder": ImageTextFolder, "webdataset": WebDataset}
@@ -325,7 +315,8 @@ def open_dataset(path_or_kind: str | Path, **options: Any) -> ImageTextDataset:
     return kind(*arguments, **options)
 
 
-def _check_choices(what: str, values: Sequence[str], choices: Sequence[str] | dict) -> None:
+def check_choices(what: str, values: Sequence[str], choices: Sequence[str] | dict) -> None:
+    """Raise InputError for a value that is none of the choices."""
     for value in values:
         if value not in choices:
             raise InputError(f'Unknown {what} "{value}": choose from {", ".join(choices)}.')
@@ -372,6 +363,24 @@ def row_captions(row: dict[str, Any]) -> list[str]:
     if not isinstance(captions, list):
         return []
     return [caption.strip() for caption in captions if isinstance(caption, str) and caption.strip()]
+
+
+def sample_captions(sample: dict[str, tuple[Path, int, int]], name: str) -> list[str]:
+    """Captions in the ``.txt`` and ``.json`` of a sample of `index_members`.
+
+    Raises:
+        InputError: it has none, or they cannot be read.
+    """
+    captions = text_lines(read_span(*sample["txt"]), name) if "txt" in sample else []
+    if "json" in sample:
+        try:
+            row = json.loads(read_span(*sample["json"]))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"The .json of {name} is not JSON: repair it.") from error
+        captions += row_captions(row) if isinstance(row, dict) else []
+    if not captions:
+        raise InputError(f"There is no caption in {name}: add a .txt or .json to it.")
+    return captions
 
 
 def expand_shards(shards: str | Path) -> list[Path]:

@@ -283,6 +283,19 @@ def check_memory(shape: Sequence[int], max_bytes: int = MAX_BYTES, name: str = "
         )
 
 
+def composite(frames: Tensor, background: Color = "white") -> Tensor:
+    """Clip ``[C, T, H, W]`` in [-1, 1] over a plain colour -> ``[3, T, H, W]``; RGB stays as it is.
+
+    Raises:
+        InputError: not a colour.
+    """
+    if frames.shape[0] == 3:
+        return frames
+    color = torch.tensor(_color(background), dtype=frames.dtype, device=frames.device) / 127.5 - 1
+    alpha = (frames[3:] + 1) / 2
+    return frames[:3] * alpha + color[:, None, None, None] * (1 - alpha)
+
+
 def fit_frames(frames: Tensor, size: int, fit: Fit = "cover") -> Tensor:
     """``[T, C, H, W]`` in [-1, 1] -> ``[T, C, size, size]`` by antialiased bilinear interpolation.
 
@@ -607,7 +620,8 @@ class _DecordDecoder:
     def __init__(self, reader: Any, name: str):
         self._reader, self._name = reader, name
         spans = reader.get_frame_timestamp(range(len(reader))).astype(np.float64)
-        self.height, self.width = reader[0].shape[:2]
+        # Fails where rows are padded, as in narrow frames: another decoder's work.
+        self.height, self.width = reader.get_batch([0]).shape[1:3]
         self.times = spans[:, 0] - spans[0, 0]
         self.duration = float(spans[-1, 1] - spans[0, 0])
 

@@ -25,8 +25,6 @@ from ..quantizers.fsq import FSQ
 
 # What the layers keep of the pieces before; None runs a whole clip at once.
 Past = dict[nn.Module, Tensor] | None
-# Convolutions on CPUs and GPUs are faster on this layout.
-_LAYOUT = torch.channels_last_3d
 
 
 class CausalConv3d(nn.Module):
@@ -64,7 +62,7 @@ class CausalConv3d(nn.Module):
         else:
             x = torch.cat([earlier, x], dim=2)
             x = F.pad(x, (edge, edge, edge, edge, 0, 0), mode="replicate")
-        return self.conv(x.contiguous(memory_format=_LAYOUT))
+        return self.conv(x)
 
 
 class FrameNorm(nn.GroupNorm):
@@ -249,7 +247,7 @@ class NBPTokenizer(Tokenizer, ModelMixin, ConfigMixin):
         Args:
             past: filled with what the next piece needs; pieces after the first have 4 k frames.
         """
-        x = ((video.to(self.dtype) + 1) / 2).contiguous(memory_format=_LAYOUT)
+        x = (video.to(self.dtype) + 1) / 2
         for layer in self.encoder:
             x = layer(x, past)
         return x.movedim(1, -1)
@@ -260,7 +258,7 @@ class NBPTokenizer(Tokenizer, ModelMixin, ConfigMixin):
         Args:
             past: filled with what the next piece needs.
         """
-        x = codes.to(self.dtype).movedim(-1, 1).contiguous(memory_format=_LAYOUT)
+        x = codes.to(self.dtype).movedim(-1, 1)
         for layer in self.decoder:
             x = layer(x, past)
         return x * 2 - 1

@@ -359,6 +359,15 @@ def test_every_registered_codec_has_its_class():
         assert info.files == ("model.safetensors", "config.json") and info.license_weights
 
 
+def test_mimi_changes_its_precision_with_its_codebooks():
+    codec = build("mimi")
+    audio = noise(6 * codec.hop)
+    tokens = codec.encode(audio)
+    codec.to(torch.float64)
+    assert torch.equal(codec.encode(audio), tokens)
+    assert codec.decode(tokens).dtype == torch.float64
+
+
 def test_bad_input(tokenizers):
     mimi, dac = tokenizers["mimi"], tokenizers["dac"]
     for audio, reason in (

@@ -118,8 +118,6 @@ class TransformersCodec(ModelMixin, ConfigMixin, AudioTokenizer):
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens ``[B, Q, T]``, or latents ``[B, T, latent_dim]`` -> sound ``[B, 1, T * hop]``.
 
-        Fewer codebooks than the codec uses are decoded too, coarser.
-
         Raises:
             InputError: another shape, or ids outside the codebooks.
         """
@@ -228,6 +226,13 @@ class MimiTokenizer(TransformersCodec):
     def _setup(self, config: Any) -> int:
         self.hop, self.vocab_size = config.frame_size, config.codebook_size
         return config.num_quantizers
+
+    def _apply(self, *args: Any, **options: Any) -> MimiTokenizer:
+        # Its codebooks keep a table that would stay behind on the old device.
+        for module in self.codec.modules():
+            if hasattr(module, "_embed"):
+                module._embed = None
+        return super()._apply(*args, **options)
 
     def _quantize(self, latents: Tensor) -> Tensor:
         return self.codec.quantizer.encode(latents, self.num_codebooks).transpose(0, 1)

@@ -6,10 +6,12 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from ..modalities.errors import InputError
 from ..tokenizers.base import Tokenizer
+from .conditioning.classes import drop_labels
 
 # What users may set of `ImageGenerator.stream`, where it takes it.
 SETTINGS = ("num_tokens", "num_steps", "guidance_scale", "temperature", "top_k", "top_p")
@@ -80,6 +82,12 @@ class ImageGenerator:
             mask: the same over the grid of its tokens, bool ``[B, p, p]``.
         """
         return {}
+
+    def drop_labels(self, labels: Tensor, generator: torch.Generator | None) -> Tensor:
+        """In training a share ``label_dropout`` of labels ``[B]`` becomes the null class."""
+        if not self.training:
+            return labels
+        return drop_labels(labels, self.config.num_classes, self.config.label_dropout, generator)
 
     def tokenizer_arguments(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """What `stream` needs of the tokenizer."""

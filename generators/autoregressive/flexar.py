@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ...modalities.errors import InputError
 from ..base import ImageGenerator
 from ..cache import StaticCache
-from ..conditioning.classes import check_labels, drop_labels, embed_labels, null_labels
+from ..conditioning.classes import check_labels, embed_labels, null_labels
 from ..layers.attention import causal_attention
 from ..sampling import check_generators, check_given, check_sampling, guide
 from ..schedules import check_guidance
@@ -475,9 +475,7 @@ class FlexARClass(_FlexAR):
             labels: classes ``[B]``; in training some are dropped.
             generator: of the dropped labels, on the model's device.
         """
-        if self.training:
-            config = self.config
-            labels = drop_labels(labels, config.num_classes, config.label_dropout, generator)
+        labels = self.drop_labels(labels, generator)
         logits = self.logits(tokens[:, :-1], labels).float()
         loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
         return loss, {"nll": loss.detach()}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ...kernels.linear import Linear
 from ..base import ImageGenerator
 from ..cache import StaticCache
-from ..conditioning.classes import check_labels, drop_labels, embed_labels, null_labels
+from ..conditioning.classes import check_labels, embed_labels, null_labels
 from ..layers.adaln import CausalAdaLNBlock, layer_norm, modulate
 from ..orders import raster_order
 from ..sampling import check_generators, check_given, check_sampling, guide
@@ -148,10 +148,7 @@ class RAR(ImageGenerator, ModelMixin, ConfigMixin):
         """
         batch, count = tokens.shape
         random = {"generator": generator, "device": tokens.device}
-        if self.training:
-            labels = drop_labels(
-                labels, self.config.num_classes, self.config.label_dropout, generator
-            )
+        labels = self.drop_labels(labels, generator)
         shuffled = torch.rand(batch, count, **random).argsort(dim=1)
         chosen = torch.rand(batch, 1, **random) < random_ratio
         orders = torch.where(chosen, shuffled, raster_order(batch, count, tokens.device))

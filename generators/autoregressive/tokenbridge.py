@@ -27,7 +27,7 @@ from ...tokenizers.base import Tokenizer
 from ...tokenizers.quantizers.dimension_wise import DimensionWiseQuantizer
 from ..base import ImageGenerator
 from ..cache import StaticCache
-from ..conditioning.classes import check_labels, drop_labels, embed_labels, null_labels
+from ..conditioning.classes import check_labels, embed_labels, null_labels
 from ..layers.adaln import CausalAdaLNBlock, layer_norm, modulate
 from ..layers.vit import ViTBlock
 from ..masked.masking import normal_mask_ratio
@@ -281,8 +281,7 @@ class TokenBridge(ImageGenerator, ModelMixin, ConfigMixin):
             generator: of masks and dropped labels, on the model's device.
         """
         config, device = self.config, tokens.device
-        if self.training:
-            labels = drop_labels(labels, config.num_classes, config.label_dropout, generator)
+        labels = self.drop_labels(labels, generator)
         ids = tokens.unflatten(1, (config.num_tokens, config.channels))
         ratio = normal_mask_ratio(generator, device)
         order = torch.rand(ids.shape[:2], generator=generator, device=device).argsort(dim=1)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...kernels.linear import Linear
 from ...modalities.errors import InputError
 from ..base import ImageGenerator
-from ..conditioning.classes import check_labels, drop_labels, embed_labels, null_labels
+from ..conditioning.classes import check_labels, embed_labels, null_labels
 from ..flow.samplers import (
     evaluation_times,
     flow_times,
@@ -141,10 +141,7 @@ class XAR(ImageGenerator, ModelMixin, ConfigMixin):
             labels: classes ``[B]``; in training some are dropped.
             generator: of times, noise and dropped labels, on the model's device.
         """
-        if self.training:
-            labels = drop_labels(
-                labels, self.config.num_classes, self.config.label_dropout, generator
-            )
+        labels = self.drop_labels(labels, generator)
         random = {"generator": generator, "device": latents.device}
         x0 = self.cells(latents)
         times = torch.randn(x0.shape[:2], **random).sigmoid()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ...kernels.linear import Linear, linear
 from ..base import ImageGenerator
-from ..conditioning.classes import check_labels, drop_labels, embed_labels, null_labels
+from ..conditioning.classes import check_labels, embed_labels, null_labels
 from ..layers.adaln import layer_norm, modulate
 from ..layers.mlp import MLP
 from ..sampling import check_generators, check_given, check_sampling, draw, guide, gumbel
@@ -180,10 +180,7 @@ class ENAT(ImageGenerator, ModelMixin, ConfigMixin):
         """
         batch, length = tokens.shape
         random = {"generator": generator, "device": tokens.device}
-        if self.training:
-            labels = drop_labels(
-                labels, self.config.num_classes, self.config.label_dropout, generator
-            )
+        labels = self.drop_labels(labels, generator)
         # The share of hidden tokens is Beta(12, 3): the 12th smallest of 14 uniform draws. One share
         # for the batch, so that all rows hide the same number.
         share = float(torch.rand(14, **random).sort().values[11])

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ...kernels.linear import Linear
 from ...tokenizers.base import Tokenizer
 from ..base import ImageGenerator
-from ..conditioning.classes import check_labels, drop_labels, embed_labels, null_labels
+from ..conditioning.classes import check_labels, embed_labels, null_labels
 from ..flow.diffusion import GaussianDiffusion, spaced_timesteps
 from ..flow.diffusion_head import TIME_FEATURES, DiffusionHead
 from ..layers.adaln import layer_norm, modulate
@@ -401,8 +401,7 @@ class HiMAR(ImageGenerator, ModelMixin, ConfigMixin):
         config, device = self.config, tokens.device
         random = {"generator": generator, "device": device}
         batch, count, length = len(tokens), config.num_pivots, config.num_tokens
-        if self.training:
-            labels = drop_labels(labels, config.num_classes, config.label_dropout, generator)
+        labels = self.drop_labels(labels, generator)
         classes = self.classes(labels)
         tokens, pivots = tokens * config.scale_factor, pivots * config.scale_factor
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...kernels.linear import Linear
 from ...modalities.errors import InputError
 from ..base import ImageGenerator
-from ..conditioning.classes import check_labels, drop_labels, embed_labels, null_labels
+from ..conditioning.classes import check_labels, embed_labels, null_labels
 from ..layers.attention import SelfAttention
 from ..layers.mlp import MLP
 from ..layers.vit import ViTBlock
@@ -179,10 +179,7 @@ class MaskGIT(ImageGenerator, ModelMixin, ConfigMixin):
             labels: classes ``[B]``; in training some are dropped.
             generator: of masks and dropped labels, on the model's device.
         """
-        if self.training:
-            labels = drop_labels(
-                labels, self.config.num_classes, self.config.label_dropout, generator
-            )
+        labels = self.drop_labels(labels, generator)
         masked = random_mask(tokens, generator)
         logits = self.logits(tokens.masked_fill(masked, self.config.vocab_size), labels)
         return masked_loss(logits, tokens, masked)

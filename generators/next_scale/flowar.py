@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ...kernels.linear import Linear
 from ...modalities.errors import InputError
 from ..base import ImageGenerator
-from ..conditioning.classes import check_labels, drop_labels, embed_labels, null_labels
+from ..conditioning.classes import check_labels, embed_labels, null_labels
 from ..flow.samplers import (
     check_sampler,
     evaluation_times,
@@ -300,10 +300,7 @@ class FlowAR(ImageGenerator, ModelMixin, ConfigMixin):
             labels: classes ``[B]``; in training some are dropped.
             generator: of times, noise and dropped labels, on the model's device.
         """
-        if self.training:
-            labels = drop_labels(
-                labels, self.config.num_classes, self.config.label_dropout, generator
-            )
+        labels = self.drop_labels(labels, generator)
         random = {"generator": generator, "device": latents.device}
         pyramid = self.pyramid(latents)
         features = self.features(self.next_inputs(pyramid), labels)

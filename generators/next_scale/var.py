@@ -27,7 +27,7 @@ from ...tokenizers.base import Tokenizer
 from ...tokenizers.quantizers.residual import MultiScaleResidualVQ
 from ..base import ImageGenerator
 from ..cache import StaticCache
-from ..conditioning.classes import check_labels, drop_labels, embed_labels, null_labels
+from ..conditioning.classes import check_labels, embed_labels, null_labels
 from ..layers.adaln import layer_norm, modulate
 from ..layers.mlp import MLP
 from ..sampling import check_generators, check_given, check_sampling, draw, guide, sample
@@ -264,10 +264,7 @@ class VAR(ImageGenerator, ModelMixin, ConfigMixin):
             labels: classes ``[B]``; in training some are dropped.
             generator: of dropped labels.
         """
-        if self.training:
-            labels = drop_labels(
-                labels, self.config.num_classes, self.config.label_dropout, generator
-            )
+        labels = self.drop_labels(labels, generator)
         logits = self.logits(inputs, labels)
         each = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
         last = self.config.patch_nums[-1] ** 2

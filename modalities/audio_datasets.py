@@ -7,7 +7,6 @@ Every dataset answers ``len()``, ``audio(i) -> (float32 [C, T] in [-1, 1], rate 
 from __future__ import annotations
 
 import csv
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -19,11 +18,13 @@ from torch import Tensor
 from .audio import AUDIO_SUFFIXES, load_audio, random_crop, resample, to_channels
 from .datasets import (
     CAPTION_TABLES,
+    check_choices,
     expand_shards,
     index_members,
     json_lines,
     read_span,
     row_captions,
+    sample_captions,
     text_lines,
 )
 from .errors import InputError
@@ -130,8 +131,8 @@ class SpeechPack(_Pack):
         max_align_cost: float | None = None,
     ):
         self.root = Path(root)
-        _check_choices("voice", voices, VOICES)
-        _check_choices("split", [split], (*SPLITS, None))
+        check_choices("voice", voices, VOICES)
+        check_choices("split", [] if split is None else [split], SPLITS)
         self.rows = [
             row
             for row in _read_table(self.root / "transcripts.jsonl", SpeechRow)
@@ -164,10 +165,10 @@ class SoundPack(_Pack):
         kinds: Sequence[str] | None = None,
     ):
         self.root = Path(root)
-        _check_choices("split", [split], (*SPLITS, None))
+        check_choices("split", [] if split is None else [split], SPLITS)
         rows = _read_table(self.root / "sounds.jsonl", SoundRow)
         if kinds is not None:
-            _check_choices("kind of sound", kinds, sorted({row.kind for row in rows}))
+            check_choices("kind of sound", kinds, sorted({row.kind for row in rows}))
         self.rows = [
             row
             for row in rows
@@ -283,14 +284,7 @@ class AudioWebDataset:
 
     def text(self, index: int) -> str:
         span, sample = self.samples[index]
-        name = f'sample {index} of "{span[0]}"'
-        if "txt" in sample and (lines := text_lines(read_span(*sample["txt"]), name)):
-            return " ".join(lines)
-        if "json" in sample:
-            texts = row_captions(_json_object(read_span(*sample["json"]), name))
-            if texts:
-                return texts[0]
-        raise InputError(f"There is no text in {name}: add a .txt or .json to it.")
+        return sample_captions(sample, f'sample {index} of "{span[0]}"')[0]
 
 
 def open_audio_dataset(path: str | Path, **options: Any) -> AudioTextDataset:
@@ -361,18 +355,3 @@ def _read_table(path: Path, kind: type) -> list[Any]:
         except TypeError as error:
             raise InputError(f'Line {number} of "{path}" is incomplete: {error}.') from error
     return rows
-
-
-def _json_object(data: bytes, name: str) -> dict[str, Any]:
-    try:
-        row = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"The .json of {name} is not JSON: repair it.") from error
-    return row if isinstance(row, dict) else {}
-
-
-def _check_choices(what: str, values: Sequence[Any], choices: Sequence[Any]) -> None:
-    for value in values:
-        if value not in choices:
-            known = ", ".join(str(choice) for choice in choices if choice is not None)
-            raise InputError(f'Unknown {what} "{value}": choose from {known}.')

@@ -177,6 +177,6 @@ def test_webdataset(tmp_path):
     assert isinstance(dataset, AudioWebDataset) and len(dataset) == 3
     assert [dataset.text(i) for i in range(2)] == ["A bell", "A drum"]
     assert dataset.audio(1)[0].mean() == pytest.approx(0.5, abs=1e-3)
-    with pytest.raises(InputError, match="no text"):
+    with pytest.raises(InputError, match="no caption"):
         dataset.text(2)
     assert isinstance(open_audio_dataset(tmp_path), AudioWebDataset)

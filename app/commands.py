@@ -180,7 +180,7 @@ def evaluate(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how well a model keeps and draws pictures, or a codec keeps recordings."""
+    """Measure how well a model keeps and draws pictures, or keeps sound."""
     if out is not None:
         check_outputs([out], force)
     from ..tokenizers.auto import tokenizer_class

@@ -189,7 +189,7 @@ def reconstruct(
     as_json: AsJson = False,
     no_metadata: Metadata = False,
 ) -> None:
-    """Show what is kept of a picture by fewer and more tokens, or of a recording by a codec.
+    """Show what is kept of a picture by fewer tokens, or of a recording.
 
     Of a picture: writes one with the original and each reconstruction, and lists their PSNR. Of a
     recording: writes it from its tokens, and says their bit rate and how long the work took.

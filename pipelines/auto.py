@@ -34,18 +34,24 @@ def _condition(name: str | Path) -> str:
     folder, info = Path(name), find_model(str(name), "-to-image")
     if info is not None and (info.shipped or not folder.is_dir()):
         if not info.task.endswith("-to-image"):
-            raise InputError(f'"{info.name}" is a {info.task} model and makes no pictures.')
+            raise InputError(
+                f'"{info.name}" is a {info.task} model and makes no pictures from text or a class.'
+            )
         return info.task.removesuffix("-to-image")
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         try:
             found = json.loads((folder / "config.json").read_text(encoding="utf8"))["_class_name"]
             return import_class(generator_classes()[found]).condition
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f'"{name}" holds no model that makes pictures.') from error
+            raise InputError(
+                f'"{name}" could not be loaded: it holds no model that makes pictures.'
+            ) from error
     try:
         found = DiffusionPipeline.load_config(resolve_model(name))["_class_name"]
         return {kind.__name__: condition for condition, kind in PIPELINES.items()}[found]
     except InputError:
         raise
     except Exception as error:  # A damaged file, no network, or another library's pipeline.
-        raise InputError(f'"{name}" holds no model that makes pictures.') from error
+        raise InputError(
+            f'"{name}" could not be loaded: it holds no model that makes pictures.'
+        ) from error

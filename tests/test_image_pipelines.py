@@ -290,7 +290,7 @@ def test_published_files_in_a_folder(tmp_path):
         load_image_pipeline(name, files=tmp_path)
     with pytest.raises(InputError, match="is a class-to-image model, not text-to-image"):
         TextToImagePipeline.from_pretrained(name)
-    with pytest.raises(InputError, match="is a image-tokenizer model and makes no pictures"):
+    with pytest.raises(InputError, match="is a image-tokenizer model and makes no pictures from text or a class"):
         load_image_pipeline("titok-l-32")
 
 

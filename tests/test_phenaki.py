@@ -97,11 +97,14 @@ def test_tokens_of_a_prefix_are_the_prefix_of_the_tokens(tokenizer):
 
 def test_patches():
     video = torch.randn(2, 3, 4, 16, 24)
-    patches = patchify(video, 8, 2)
-    assert patches.shape == (2, 2, 2, 3, 3 * 2 * 64)
-    first = video[0, :, :2, :8, :8].flatten()
+    patches = patchify(video, (2, 8, 4))
+    assert patches.shape == (2, 2, 2, 6, 3 * 2 * 32)
+    first = video[0, :, :2, :8, :4].flatten()
     torch.testing.assert_close(patches[0, 0, 0, 0], first)
-    torch.testing.assert_close(unpatchify(patches, 8, 2), video)
+    torch.testing.assert_close(unpatchify(patches, (2, 8, 4)), video)
+    tokenizer = build_tokenizer(patch_size=(8, 4))
+    assert tokenizer.grid(5) == (3, 2, 4)
+    assert tokenizer.decode(tokenizer.encode(clip(3))).shape == (1, 3, 3, 16, 16)
 
 
 def test_position_bias_is_that_of_each_pair():

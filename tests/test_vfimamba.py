@@ -63,6 +63,15 @@ def test_any_size(model, size):
     assert halved.shape == first.shape
 
 
+def test_half_precision(model):
+    first, last = frames(2, 32, 32)
+    half = VFIMamba(**dict(model.config)).eval()
+    half.load_state_dict(model.state_dict())
+    middle = half.to(torch.bfloat16).interpolate(first, last)
+    assert middle.dtype == torch.float32
+    assert (middle - model.interpolate(first, last)).abs().mean() < 0.1
+
+
 def test_batch_items_do_not_mix(model):
     first, last = frames(2, 32, 32), frames(2, 32, 32, seed=1)
     both = model.interpolate(torch.cat(first), torch.cat(last))

@@ -46,11 +46,14 @@ def warp(x: Tensor, flow: Tensor) -> Tensor:
     Bilinear; beyond the border the border goes on.
     """
     height, width = x.shape[2:]
-    options = {"device": x.device, "dtype": flow.dtype}
+    # Places in a picture need more digits than half precision has.
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    flow, options = flow.to(dtype), {"device": x.device, "dtype": dtype}
     columns = torch.linspace(-1, 1, width, **options) + flow[:, 0] * (2 / (width - 1))
     rows = torch.linspace(-1, 1, height, **options)[:, None] + flow[:, 1] * (2 / (height - 1))
-    grid = torch.stack([columns, rows], dim=-1).to(x.dtype)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=True)
+    grid = torch.stack([columns, rows], dim=-1)
+    y = F.grid_sample(x.to(dtype), grid, padding_mode="border", align_corners=True)
+    return y.to(x.dtype)
 
 
 @lru_cache(maxsize=16)
@@ -570,7 +573,7 @@ class VFIMamba(ModelMixin, ConfigMixin):
         multiple = round(MULTIPLE / flow_scale)
         down, right = -height % multiple, -width % multiple
         top, left = down // 2, right // 2
-        images = torch.cat([_to_network(frame0), _to_network(frame1)], dim=1)
+        images = torch.cat([_to_network(frame0), _to_network(frame1)], dim=1).to(self.dtype)
         images = F.pad(images, (left, right - left, top, down - top), mode="replicate")
         local = "full" if tile is None else "reduced"
         settings = (timestep, flow_scale, local, tile, overlap)
@@ -579,7 +582,7 @@ class VFIMamba(ModelMixin, ConfigMixin):
             turned = self.predict(images.flip(2, 3), *settings).flip(2, 3)
             middle = (middle + turned) / 2
         middle = middle[:, :, top : top + height, left : left + width]
-        return middle.flip(1) * 2 - 1
+        return (middle.flip(1) * 2 - 1).to(frame0.dtype)
 
     def stream(
         self,

@@ -283,16 +283,20 @@ class PatchEmbed(nn.Sequential):
         super().__init__(nn.LayerNorm(patch_dim), Linear(patch_dim, dim), nn.LayerNorm(dim))
 
 
-def patchify(video: Tensor, size: int, frames: int) -> Tensor:
-    """``[B, C, T, H, W]`` -> vectors ordered (channel, frame, row, column), ``[B, t, h, w, C f p p]``."""
-    for axis, step in ((2, frames), (3, size), (4, size)):
+def patchify(video: Tensor, size: Sequence[int]) -> Tensor:
+    """``[B, C, T, H, W]`` -> vectors ordered (channel, frame, row, column), ``[B, t, h, w, C f p q]``.
+
+    Args:
+        size: (f, p, q), frames, rows and columns of a patch.
+    """
+    for axis, step in enumerate(size, start=2):
         video = video.unfold(axis, step, step)
     return video.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(4)
 
 
-def unpatchify(x: Tensor, size: int, frames: int) -> Tensor:
+def unpatchify(x: Tensor, size: Sequence[int]) -> Tensor:
     """The inverse of `patchify`, for three channels."""
-    x = x.unflatten(-1, (3, frames, size, size)).permute(0, 4, 1, 5, 2, 6, 3, 7)
+    x = x.unflatten(-1, (3, *size)).permute(0, 4, 1, 5, 2, 6, 3, 7)
     return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
@@ -305,7 +309,8 @@ class CViViT(ModelMixin, ConfigMixin, Tokenizer):
         image_size: side of a frame in pixels. (`quantize_video` and `decode_grid` take frames of any
             size that patches divide.)
         num_frames: of the clips in training; others are read and written as well.
-        patch_size, temporal_patch_size: pixels along a side, frames.
+        patch_size: pixels along the side of a patch, or its rows and columns.
+        temporal_patch_size: its frames.
         spatial_depth, temporal_depth: layers, in the encoder and in the decoder.
         quantization: "lookup-free" (signs), "cosine" (the paper's learned codebook of normalised codes)
             or "fsq".
@@ -322,7 +327,7 @@ class CViViT(ModelMixin, ConfigMixin, Tokenizer):
         self,
         image_size: int = 128,
         num_frames: int = 11,
-        patch_size: int = 8,
+        patch_size: int | Sequence[int] = 8,
         temporal_patch_size: int = 2,
         dim: int = 512,
         spatial_depth: int = 4,
@@ -348,7 +353,7 @@ class CViViT(ModelMixin, ConfigMixin, Tokenizer):
             raise InputError(
                 f'Unknown quantization "{quantization}": use one of {", ".join(QUANTIZATIONS)}.'
             )
-        first_dim = 3 * patch_size**2
+        first_dim = 3 * math.prod(self.patch_sizes)
         patch_dim = first_dim * temporal_patch_size
         layers = (heads, head_dim)
         self.embed_first = PatchEmbed(first_dim, dim)
@@ -384,18 +389,25 @@ class CViViT(ModelMixin, ConfigMixin, Tokenizer):
         """Of a clip of ``num_frames``."""
         return math.prod(self.grid(self.num_frames))
 
+    @property
+    def patch_sizes(self) -> tuple[int, int]:
+        """Rows and columns of a patch."""
+        size = self.config.patch_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
     def grid(self, frames: int) -> tuple[int, int, int]:
         """(t, h, w) of the tokens of so many frames."""
-        side = self.image_size // self.config.patch_size
-        return 1 + (frames - 1) // self.temporal_patch_size, side, side
+        rows, columns = self.patch_sizes
+        steps = 1 + (frames - 1) // self.temporal_patch_size
+        return steps, self.image_size // rows, self.image_size // columns
 
     def latents(self, video: Tensor) -> Tensor:
         """``[B, 3, T, H, W]`` in [-1, 1] -> ``[B, t, h, w, D]`` before the quantizer."""
-        size, frames = self.config.patch_size, self.temporal_patch_size
         video = (video + 1) / 2
-        x = self.embed_first(patchify(video[:, :, :1], size, 1))
+        x = self.embed_first(patchify(video[:, :, :1], (1, *self.patch_sizes)))
         if video.shape[2] > 1:
-            rest = self.embed(patchify(video[:, :, 1:], size, frames))
+            size = (self.temporal_patch_size, *self.patch_sizes)
+            rest = self.embed(patchify(video[:, :, 1:], size))
             x = torch.cat([x, rest], dim=1)
         x = self.encoder_space(x, self.position_bias(*x.shape[2:4]))
         return self.encoder_time(x)
@@ -413,15 +425,15 @@ class CViViT(ModelMixin, ConfigMixin, Tokenizer):
         """``[B, t, h, w, code width]`` -> ``[B, 3, T, H, W]``, about [-1, 1]."""
         x = self.decoder_time(self.from_codes(codes.to(self.dtype)))
         x = self.decoder_space(x, self.position_bias(*x.shape[2:4]))
-        size, frames = self.config.patch_size, self.temporal_patch_size
-        video = unpatchify(self.to_pixels_first(x[:, :1]), size, 1)
+        video = unpatchify(self.to_pixels_first(x[:, :1]), (1, *self.patch_sizes))
         if x.shape[1] > 1:
-            rest = unpatchify(self.to_pixels(x[:, 1:]), size, frames)
+            size = (self.temporal_patch_size, *self.patch_sizes)
+            rest = unpatchify(self.to_pixels(x[:, 1:]), size)
             video = torch.cat([video, rest], dim=2)
         return video * 2 - 1
 
     def decode_grid(self, ids: Tensor) -> Tensor:
-        """Ids ``[B, t, h, w]`` of any grid -> ``[B, 3, 1 + (t - 1) f, h p, w p]``."""
+        """Ids ``[B, t, h, w]`` of any grid -> ``[B, 3, 1 + (t - 1) f, h p, w q]``."""
         return self.decode_codes(self.quantizer.ids_to_codes(ids))
 
     @torch.no_grad()

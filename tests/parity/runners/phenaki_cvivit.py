@@ -12,7 +12,7 @@ from tessera.weights.loading import load_strict
 def build(case):
     c = case.config
     model = CViViT(
-        patch_size=c["patch_size"][0],
+        patch_size=c["patch_size"],
         temporal_patch_size=c["temporal_patch_size"],
         dim=c["dim"],
         spatial_depth=c["spatial_depth"],

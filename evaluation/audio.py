@@ -38,6 +38,7 @@ from ..modalities.errors import InputError
 from ..modalities.files import atomic_path
 from ..modalities.phonemes import pronounce
 from ..modalities.spoken_text import PAUSE_MARK, clean_text, read_sentence, split_sentences
+from ..pipelines.audio_reconstruction import decode_audio, encode_audio
 from ..tokenizers.base import AudioTokenizer
 
 PESQ_RATE = 16_000
@@ -335,9 +336,9 @@ def _reconstruct(
         for index in progress.track(picked, description="Reconstructing"):
             audio = read_mono(dataset, index, rate)[None].to(tokenizer.device)
             start = time.perf_counter()
-            found = tokenizer.encode(audio)
+            found = encode_audio(tokenizer, audio)
             middle = time.perf_counter()
-            decoded = tokenizer.decode(found)[..., : audio.shape[-1]].float().clamp(-1, 1)
+            decoded = decode_audio(tokenizer, found)[..., : audio.shape[-1]].float().clamp(-1, 1)
             end = time.perf_counter()
             seconds += audio.shape[-1] / rate
             encoding, decoding = encoding + middle - start, decoding + end - middle

@@ -13,7 +13,7 @@ from ...tokenizers.audio.transformers_codecs import build_codec, fold_weight_nor
 
 def read_config(published: Mapping[str, Any]) -> dict[str, Any]:
     """Our constructor arguments in a published config.json."""
-    return {"codec_config": dict(published)} if published else {}
+    return {"codec_config": dict(published)} if "model_type" in published else {}
 
 
 def convert_state_dict(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from .audio_tasks import CodecTask, SoundTask, SpeechTask
 from .generator_tasks import GeneratorTask
+from .sound_tasks import ARDiTTask, SaShiMiTask
 from .tasks import (
     AutoencoderTask,
     CLIPTask,
@@ -21,4 +23,9 @@ TASKS: dict[str, type[Task]] = {
     "clip": CLIPTask,
     "flexar": FlexARTask,
     "generator": GeneratorTask,
+    "codec": CodecTask,
+    "speech": SpeechTask,
+    "sound": SoundTask,
+    "sashimi": SaShiMiTask,
+    "ardit": ARDiTTask,
 }

@@ -205,11 +205,14 @@ def learning_rate(step: int, settings: dict[str, Any]) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """No weight decay on vectors: biases, norms, single tokens."""
+    """No weight decay on vectors (biases, norms, single tokens), nor where a layer says so
+    (``_no_weight_decay`` of a state space's own parameters)."""
     trainable = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trainable if p.ndim >= 2 and not hasattr(p, "_no_weight_decay")]
+    seen = {id(p) for p in decayed}
     return [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": [p for p in trainable if id(p) not in seen], "weight_decay": 0.0},
     ]
 
 

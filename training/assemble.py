@@ -9,9 +9,14 @@ from typing import Any
 import torch
 
 from ..generators.autoregressive.flexar import FlexAR
+from ..generators.autoregressive.sound import SoundTransformer
+from ..generators.autoregressive.speech import SpeechTransformer
 from ..modalities.errors import InputError
 from ..pipelines.class_to_image import ClassToImagePipeline
 from ..pipelines.text_to_image import TextToImagePipeline
+from ..pipelines.text_to_sound import TextToSoundPipeline
+from ..pipelines.text_to_speech import TextToSpeechPipeline
+from ..tokenizers.audio.wavtokenizer import WavTokenizer
 from ..tokenizers.auto import AutoTokenizer
 from ..weights.registry import generator_classes, import_class
 from .checkpoints import replace_folder
@@ -27,7 +32,8 @@ def assemble(recipe: dict[str, Any]) -> Path:
     Args:
         recipe: ``output``, the folders of the three parts, ``dtype`` of the saved weights and
             ``pipeline``, the settings of `TextToImagePipeline`, or of `ClassToImagePipeline` if the
-            generator draws from classes.
+            generator draws from classes. With ``codec`` in place of tokenizer and clip: those of
+            `TextToSpeechPipeline` or `TextToSoundPipeline`.
 
     Raises:
         InputError: a part that is missing or does not fit the others, an unknown dtype, or a
@@ -39,6 +45,10 @@ def assemble(recipe: dict[str, Any]) -> Path:
     if recipe["dtype"] not in DTYPES:
         raise InputError(f'Unknown dtype "{recipe["dtype"]}": choose from {", ".join(DTYPES)}.')
     dtype = DTYPES[recipe["dtype"]]
+    if "codec" in recipe:
+        pipeline = assemble_sound(recipe, dtype)
+        replace_folder(output, pipeline.save_pretrained)
+        return output
     parts = {
         "tokenizer": AutoTokenizer.from_pretrained(recipe["tokenizer"], dtype=dtype),
         "generator": load_frozen(generator_class(recipe["generator"]), recipe, "generator", dtype),
@@ -53,6 +63,29 @@ def assemble(recipe: dict[str, Any]) -> Path:
     pipeline = build(kind, **parts, **recipe["pipeline"])
     replace_folder(output, pipeline.save_pretrained)
     return output
+
+
+def assemble_sound(
+    recipe: dict[str, Any], dtype: torch.dtype
+) -> TextToSpeechPipeline | TextToSoundPipeline:
+    """The recipe's codec and its generator, of phones or of captions, as a pipeline."""
+    name = json.loads((Path(recipe["generator"]) / "config.json").read_text("utf8"))["_class_name"]
+    kinds = {
+        "SpeechTransformer": (SpeechTransformer, TextToSpeechPipeline),
+        "SoundTransformer": (SoundTransformer, TextToSoundPipeline),
+    }
+    if name not in kinds:
+        raise InputError(
+            f'"{recipe["generator"]}" holds a {name}: a pipeline of sound needs one of '
+            f"{', '.join(kinds)}."
+        )
+    model, kind = kinds[name]
+    return build(
+        kind,
+        codec=load_frozen(WavTokenizer, recipe, "codec", dtype),
+        generator=load_frozen(model, recipe, "generator", dtype),
+        **recipe["pipeline"],
+    )
 
 
 def generator_class(folder: str | Path) -> type:

@@ -1,0 +1,137 @@
+"""From a small speech pack and a small sound pack to pipelines: codec, decoder, generators."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tessera.modalities.audio import save_audio
+from tessera.modalities.errors import InputError
+from tessera.pipelines.text_to_sound import TextToSoundPipeline
+from tessera.pipelines.text_to_speech import TextToSpeechPipeline
+from tessera.tokenizers.audio.wavtokenizer import WavTokenizer
+from tessera.training.config import load_recipe
+from tessera.training.trainer import train
+
+RATE = 4000
+CODEC = {
+    "sample_rate": RATE,
+    "filters": 4,
+    "strides": "[2, 4, 8]",
+    "lstm_layers": 1,
+    "latent_dim": 8,
+    "vocab_size": 32,
+    "dim": 64,
+    "intermediate_dim": 32,
+    "num_layers": 1,
+}
+SHORT = {
+    "training.steps": 4,
+    "training.batch_size": 2,
+    "training.log_every": 1,
+    "training.warmup": 1,
+    "training.sample_every": 4,
+    "training.precision": "fp32",
+}
+
+
+def tone(hertz: float, seconds: float) -> torch.Tensor:
+    time = torch.arange(round(RATE * seconds)) / RATE
+    return 0.3 * torch.sin(2 * torch.pi * hertz * time)[None]
+
+
+def pack(folder, table, rows, seconds):
+    """A pack of FLAC tones in one file, with its table."""
+    folder.mkdir()
+    data = b""
+    for number, row in enumerate(rows):
+        save_audio(tone(200 + 100 * number, seconds), RATE, folder / "a.flac")
+        encoded = (folder / "a.flac").read_bytes()
+        row |= {"offset": len(data), "length": len(encoded), "file": "all.bin", "sr": RATE}
+        row |= {"seconds": seconds, "split": "train", "id": str(number)}
+        data += encoded
+    (folder / "all.bin").write_bytes(data)
+    (folder / table).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def recipe(name, output, **settings):
+    settings = {"output": output, **settings}
+    return load_recipe(name, [f"{key}={value}" for key, value in settings.items()])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Every recipe of sound, a few steps long, at a tiny size."""
+    root = tmp_path_factory.mktemp("audio")
+    phones = {"phones": ["pau", "ax", "pau"], "ends": [0.1, 0.5, 0.7]}
+    voices = [{"voice": v, "text": "A.", **phones} for v in ("kathleen", "slt") * 4]
+    speech = pack(root / "speech", "transcripts.jsonl", voices, 0.7)
+    captions = [{"caption": f"a {w} bell", "label": w, "kind": "real"} for w in ("low", "high") * 4]
+    sounds = pack(root / "sounds", "sounds.jsonl", captions, 0.5)
+    codec = {f"model.{key}": value for key, value in CODEC.items()}
+    loss = {
+        "data.seconds": 0.4,
+        "loss.windows": "[64, 128]",
+        "loss.n_mels": 10,
+        "discriminators.periods": "[2, 3]",
+        "discriminators.period_channels": 2,
+        "discriminators.resolutions": "[64]",
+        "discriminators.resolution_channels": 2,
+    }
+    started = {"loss.quantize_start": 1, "loss.weights.gan": 1, "loss.gan_start": 2}
+    codec_recipe = recipe(
+        "voice-codec", root / "codec", **codec, **loss, **started, **SHORT, **{"data.root": speech}
+    )
+    train(codec_recipe)
+    trained = {"codec": root / "codec" / "model", "data.root": speech}
+    train(recipe("voice-decoder", root / "decoder", **loss, **SHORT, **trained))
+    small = {"model.dim": 32, "model.heads": 2, "model.mlp_hidden": 32, "model.depth": 1}
+    small |= {"data.offsets": 2, **SHORT}
+    train(recipe("voice-generator", root / "generator", **small, **trained))
+    trained["data.root"] = sounds
+    train(recipe("sound-generator", root / "sound-generator", **small, **trained))
+    return root
+
+
+def test_the_codec_learns_with_and_without_discriminators(runs):
+    rows = [json.loads(row) for row in (runs / "codec" / "log.jsonl").read_text().splitlines()]
+    assert [("perplexity" in row, "gan" in row) for row in rows] == [
+        (False, False),
+        (True, False),
+        (True, True),
+        (True, True),
+    ]
+    assert (runs / "codec" / "samples" / "000004.png").is_file()
+
+
+def test_a_trained_decoder_keeps_the_tokens(runs):
+    before, after = (
+        WavTokenizer.from_pretrained(runs / name / "model") for name in ("codec", "decoder")
+    )
+    sound = tone(300, 1.0)[None]
+    tokens = before.encode(sound)
+    assert torch.equal(tokens, after.encode(sound))
+    assert not torch.equal(before.decode(tokens), after.decode(tokens))
+
+
+def test_the_parts_speak_and_sound(runs, tmp_path):
+    parts = {"codec": runs / "decoder" / "model", "generator": runs / "generator" / "model"}
+    train(recipe("voice", tmp_path / "voice", **parts))
+    voice = TextToSpeechPipeline.from_pretrained(tmp_path / "voice")
+    assert voice.voices == ["kathleen", "slt"]
+    speech = voice("Hello.", seed=1)
+    assert speech.audio.shape[-1] > 0 and bool(speech.audio.isfinite().all())
+    parts["generator"] = runs / "sound-generator" / "model"
+    train(recipe("sound", tmp_path / "sound", **parts))
+    pipeline = TextToSoundPipeline.from_pretrained(tmp_path / "sound")
+    assert list(pipeline.generator.config.words) == ["a", "bell", "high", "low"]
+    assert pipeline("a low bell", seconds=0.2).sounds[0].shape[-1] > 0
+
+
+def test_a_codec_is_no_generator(runs, tmp_path):
+    folder = runs / "codec" / "model"
+    with pytest.raises(InputError, match="holds a WavTokenizer"):
+        train(recipe("voice", tmp_path / "voice", codec=folder, generator=folder))

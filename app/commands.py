@@ -169,6 +169,9 @@ def evaluate(
     names: Annotated[int, typer.Option(help="Names drawn of each split.")] = 200,
     pictures: Annotated[int, typer.Option(help="Pictures reconstructed.")] = 256,
     recordings: Annotated[int, typer.Option(help="Recordings reconstructed by a codec.")] = 40,
+    voices: Annotated[
+        str | None, typer.Option(help="Of a speech pack, e.g. kathleen; commas between.")
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Pictures of one name, for diversity.")] = 4,
     repeated: Annotated[int, typer.Option(help="Names drawn with all seeds.")] = 50,
     batch_size: Annotated[int, typer.Option(help="Pictures worked on together.")] = 8,
@@ -190,7 +193,9 @@ def evaluate(
     if kind is not None and issubclass(kind, AudioTokenizer):
         from ..evaluation.audio import evaluate_audio
 
-        report = evaluate_audio(model, data or Path("data/speech"), recordings, seed, out=out)
+        speakers = None if voices is None else voices.split(",")
+        data = data or Path("data/speech")
+        report = evaluate_audio(model, data, recordings, seed, speakers, out)
         _show_report(report, out, as_json)
         return
     from ..evaluation.evaluate import evaluate as run

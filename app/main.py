@@ -32,6 +32,8 @@ import gradio as gr  # noqa: E402
 
 from tessera.app.faults import LOG_NAME, guarded, log_to  # noqa: E402
 from tessera.app.studio import Studio  # noqa: E402
+from tessera.app.tabs.compare import compare_tab  # noqa: E402
+from tessera.app.tabs.edit import edit_tab  # noqa: E402
 from tessera.app.tabs.library import library_tab  # noqa: E402
 from tessera.app.tabs.models import models_tab, models_table  # noqa: E402
 from tessera.app.tabs.picture import picture_tab  # noqa: E402
@@ -100,6 +102,10 @@ def build(studio: Studio) -> gr.Blocks:
                 )
             with gr.Tab("Tokens", id="tokens"):
                 reconstructions, watch_reconstructions = reconstruct_tab(studio, owner)
+            with gr.Tab("Edit", id="edit-tab"):
+                edits, watch_edits = edit_tab(studio, card, owner)
+            with gr.Tab("Compare", id="compare-tab"):
+                sheets, watch_sheets = compare_tab(studio, card, owner)
             with gr.Tab("Library", id="library") as library:
                 shelf_inputs, shelf_outputs, refresh = library_tab(
                     studio, card, owner, picture.inputs, tabs
@@ -123,9 +129,13 @@ def build(studio: Studio) -> gr.Blocks:
         attached.success(
             picture.watch, owner, [picture.stage, headline], trigger_mode="multiple", **ACTION
         )
-        attached.success(
-            watch_reconstructions, owner, reconstructions, trigger_mode="multiple", **ACTION
-        )
+        # Of each tab with jobs: the handler that watches them, and where they are shown.
+        for watch, jobs in (
+            (watch_reconstructions, reconstructions),
+            (watch_edits, edits),
+            (watch_sheets, sheets),
+        ):
+            attached.success(watch, owner, jobs, trigger_mode="multiple", **ACTION)
     return demo
 
 

@@ -7,7 +7,7 @@ import secrets
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from .jobs import JobQueue
 from .outputs import Outputs
 
 if TYPE_CHECKING:
-    from ..pipelines.text_to_image import TextToImagePipeline
+    from ..pipelines.image_generation import ImageGenerationPipeline
     from ..tokenizers.base import Tokenizer
 
 # What an empty prompt box runs; the first one is drawn once while the model warms up.
@@ -53,13 +53,31 @@ class Speed:
 
 @dataclass
 class Card:
-    """What the page must know of the model before its weights are loaded."""
+    """What the page must know of a model, of the first one before its weights are loaded.
+
+    Attributes:
+        num_tokens, default_num_tokens: the longest sequence and the usual one.
+        temperature, num_steps: None where it takes none.
+        takes_tokens: whether one can ask for fewer.
+        num_classes, class_names: of a model that draws classes.
+    """
 
     styles: list[str]
     num_tokens: int
     default_num_tokens: int
     guidance_scale: float
-    temperature: float
+    temperature: float | None
+    num_steps: int | None = None
+    takes_tokens: bool = True
+    num_classes: int = 0
+    class_names: list[str] = field(default_factory=list)
+
+    @property
+    def example(self) -> str:
+        """What an empty box runs."""
+        if not self.num_classes:
+            return EXAMPLES[0]
+        return self.class_names[len(self.class_names) // 5] if self.class_names else "0"
 
 
 class Studio:
@@ -92,18 +110,63 @@ class Studio:
         self.log_folder = self.scratch if shared else self.folder
         self.jobs = JobQueue()
         self.speed = Speed()
-        self.pipeline: TextToImagePipeline | None = None
+        self.pipeline: ImageGenerationPipeline | None = None
         self.failure = ""
         self.example = ""  # File with a picture of `EXAMPLES[0]`.
         self._loaded = threading.Event()
         self._tokenizers: dict[str, Tokenizer] = {}
+        self._others: dict[str, ImageGenerationPipeline] = {}
+        self._loading = threading.Lock()
+        self._speeds: dict[str, Speed] = {}
 
     def start(self) -> None:
         """Load the model in a thread, if it is not there yet."""
         if self.loading:
             threading.Thread(target=self._load, name="tessera-model", daemon=True).start()
 
-    def wait(self) -> TextToImagePipeline:
+    def image_models(self) -> list[str]:
+        """Models that make pictures without a download, the app's own first."""
+        names = [self.name]
+        for name in list_models():
+            info = model_info(name)
+            parts = [info] if info.tokenizer is None else [info, model_info(info.tokenizer)]
+            if (
+                info.task.endswith("-to-image")
+                and name not in names
+                and all(availability(part) != "needs download" for part in parts)
+            ):
+                names.append(name)
+        return names
+
+    def load(self, name: str | None) -> ImageGenerationPipeline:
+        """One of `image_models`, as soon as it is there; None is the app's own. The last other one is
+        kept beside it.
+
+        Raises:
+            InputError: another name, or it could not be loaded.
+        """
+        if name in (None, self.name):
+            return self.wait()
+        if name not in self.image_models():
+            raise InputError(f'"{name[:80]}" is not on this computer: see the Models tab.')
+        with self._loading:
+            if name not in self._others:
+                from .commands_shared import load_pipeline
+
+                self._others.clear()
+                self._others[name] = load_pipeline(name)
+            return self._others[name]
+
+    def speed_of(self, name: str | None) -> Speed:
+        if name in (None, self.name):
+            return self.speed
+        return self._speeds.setdefault(name, Speed())
+
+    def card_of(self, name: str | None) -> Card:
+        """Of one of `image_models`; any but the app's own is loaded for it."""
+        return self.card() if name in (None, self.name) else make_card(self.load(name))
+
+    def wait(self) -> ImageGenerationPipeline:
         """The pipeline, as soon as it is there.
 
         Raises:
@@ -135,20 +198,22 @@ class Studio:
         return Outputs(self.folder / owner if self.shared else self.folder, self.metadata)
 
     def card(self) -> Card:
-        """Read from the model's configuration; a hub id is loaded for it."""
-        if not isinstance(self.source, Path):
-            self._load()
-            pipeline = self.wait()
-            config, num_tokens = pipeline.config, pipeline.num_tokens
-        else:
-            try:
-                config = json.loads((self.source / "model_index.json").read_text(encoding="utf8"))
-                tokenizer = json.loads((self.source / "tokenizer" / "config.json").read_text())
-                num_tokens = tokenizer["num_registers"]
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise InputError(
-                    f'"{self.source}" holds no text-to-image model: choose another folder.'
-                ) from error
+        """Read from the configuration of a model like the shipped one; any other is loaded for it."""
+        try:
+            folder = Path(self.source)
+            config = json.loads((folder / "model_index.json").read_text(encoding="utf8"))
+            tokenizer = json.loads((folder / "tokenizer" / "config.json").read_text())
+            num_tokens = tokenizer["num_registers"]
+            if None in (
+                config["default_num_tokens"],
+                config["guidance_scale"],
+                config["temperature"],
+            ):
+                raise ValueError
+        except (OSError, ValueError, KeyError, TypeError):
+            if self.loading:
+                self._load()
+            return make_card(self.wait())
         return Card(
             styles=[style for style in config["styles"].split(",") if style],
             num_tokens=num_tokens,
@@ -174,6 +239,8 @@ class Studio:
             threads = torch.get_num_threads()
             where = f"{device.type.upper()}, {threads} thread{'s' if threads > 1 else ''}"
         seconds = self.speed.picture(self.pipeline.default_num_tokens)
+        if not seconds:
+            return f"{self.name} · {where}"
         return f"{self.name} · {where} · about {duration(seconds)} a picture"
 
     def prompt_warning(self, prompt: str) -> str:
@@ -183,7 +250,7 @@ class Studio:
                 f"Prompt has {len(prompt):,} characters; at most {MAX_PROMPT_CHARACTERS:,} are "
                 "read, so shorten it."
             )
-        if self.pipeline is None or not prompt.strip():
+        if self.pipeline is None or self.pipeline.condition == "class" or not prompt.strip():
             return ""
         report = self.pipeline.prompt_report(prompt)
         if not report.cut:
@@ -247,30 +314,55 @@ class Studio:
         self._loaded.set()
         self.jobs.touch()
 
-    def _warm_up(self, pipeline: TextToImagePipeline) -> None:
+    def _warm_up(self, pipeline: ImageGenerationPipeline) -> None:
         """Draw one picture, so that the first real one is as fast as the others; measure it.
 
-        The page shows it until there are others.
+        The page shows it until there are others. Of a large model it would take too long.
         """
+        if not quick(pipeline):
+            return
         from ..modalities.image import save_image
         from ..pipelines.seeds import seed_generators
 
         start = time.perf_counter()
         for partial in pipeline.stream(
-            EXAMPLES[0], generator=seed_generators(0, 1), output_type="tokens"
+            make_card(pipeline).example, generator=seed_generators(0, 1), output_type="tokens"
         ):
             last = partial
         drawn = time.perf_counter()
-        (image,) = pipeline.decode_tokens(last.tokens, last.seeds)
+        (image,) = last.decode(slice(None), None)
         decoded = time.perf_counter()
         last.preview()
         self.speed = Speed(
-            token=(drawn - start) / last.total,
+            token=(drawn - start) / pipeline.default_num_tokens,
             decode=decoded - drawn,
             preview=time.perf_counter() - decoded,
         )
         save_image(image, self.scratch / "example.webp")
         self.example = str(self.scratch / "example.webp")
+
+
+def make_card(pipeline: ImageGenerationPipeline) -> Card:
+    """The card of a loaded model."""
+    settings = pipeline.settings
+    classes = pipeline.condition == "class"
+    return Card(
+        styles=[] if classes else pipeline.styles,
+        num_tokens=pipeline.num_tokens,
+        default_num_tokens=settings.get("num_tokens", pipeline.num_tokens),
+        guidance_scale=settings["guidance_scale"],
+        temperature=settings.get("temperature"),
+        num_steps=settings.get("num_steps"),
+        takes_tokens="num_tokens" in settings,
+        num_classes=pipeline.num_classes if classes else 0,
+        class_names=pipeline.class_names if classes else [],
+    )
+
+
+def quick(pipeline: ImageGenerationPipeline) -> bool:
+    """Whether a picture is a matter of seconds on this device."""
+    weights = sum(p.numel() for p in pipeline.generator.parameters())
+    return pipeline.device.type != "cpu" or weights < 100e6
 
 
 def duration(seconds: float) -> str:
@@ -284,7 +376,6 @@ def availability(info) -> str:
     """ "shipped", "on disk" (in the hub's cache) or "needs download"."""
     if info.shipped:
         return "shipped"
-    from huggingface_hub import try_to_load_from_cache
+    from ..weights.loading import is_cached
 
-    found = (try_to_load_from_cache(info.hub_id, name) for name in info.files)
-    return "on disk" if all(isinstance(path, str) for path in found) else "needs download"
+    return "on disk" if is_cached(info) else "needs download"

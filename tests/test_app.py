@@ -520,7 +520,7 @@ def test_launch_refuses_before_it_starts(options, message):
 def test_a_folder_that_is_no_model_is_named(tmp_path):
     studio = Studio(str(tmp_path), tmp_path / "outputs")
     try:
-        with pytest.raises(InputError, match="holds no text-to-image model"):
+        with pytest.raises(InputError, match="holds no model that makes pictures"):
             studio.card()
         studio.start()
         with pytest.raises(InputError, match="could not be loaded"):

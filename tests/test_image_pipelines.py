@@ -21,7 +21,7 @@ from tessera.generators.conditioning.t5 import TextT5
 from tessera.modalities.errors import InputError
 from tessera.modalities.image import to_pil, to_tensor
 from tessera.pipelines.auto import load_image_pipeline
-from tessera.pipelines.class_to_image import find_class, imagenet_names
+from tessera.pipelines.class_names import find_class, imagenet_names
 from tessera.pipelines.editing import Blend, blends
 from tessera.pipelines.seeds import seed_generators
 from tessera.tests.tiny import (
@@ -290,7 +290,9 @@ def test_published_files_in_a_folder(tmp_path):
         load_image_pipeline(name, files=tmp_path)
     with pytest.raises(InputError, match="is a class-to-image model, not text-to-image"):
         TextToImagePipeline.from_pretrained(name)
-    with pytest.raises(InputError, match="is a image-tokenizer model and makes no pictures from text or a class"):
+    with pytest.raises(
+        InputError, match="is a image-tokenizer model and makes no pictures from text or a class"
+    ):
         load_image_pipeline("titok-l-32")
 
 

@@ -86,7 +86,7 @@ class TokenView {
       })
     );
     const sliding = data.lengths.length > 1;
-    this.slider.hidden = this.play.hidden = !sliding;
+    this.slider.hidden = this.play.hidden = this.label.hidden = !sliding;
     this.picture.style.backgroundImage = `url("${fileUrl(data.sheet)}")`;
     this.picture.style.backgroundSize = `100% ${100 * data.lengths.length}%`;
     this.draw();

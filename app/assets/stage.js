@@ -13,14 +13,15 @@ function progressText(job) {
   if (job.state === "queued") return `Waiting: ${job.note}`;
   if (job.state === "running") {
     if (!job.step) return "Starting…";
-    if (job.step < job.total) return `Token ${job.step} of ${job.total}`;
+    if (job.step < job.total) return `${job.unit[0].toUpperCase()}${job.unit.slice(1)} ${job.step} of ${job.total}`;
     return `Painting picture ${Math.min(job.items.filter((i) => i.name).length + 1, job.items.length)} of ${job.items.length}`;
   }
   if (job.state === "stopped")
-    return job.step ? `Stopped at ${job.step} of ${job.total} tokens` : "Stopped before it began";
+    return job.step ? `Stopped at ${job.step} of ${job.total} ${job.unit}s` : "Stopped before it began";
   if (job.state === "failed") return "Failed";
   const count = job.items.length;
-  return `${count} picture${count > 1 ? "s" : ""}, ${job.total} tokens${count > 1 ? " each" : ""}, ${job.seconds} s`;
+  const kept = job.keep ? `, first ${job.keep} tokens kept` : "";
+  return `${count} picture${count > 1 ? "s" : ""}, ${job.total} ${job.unit}s${count > 1 ? " each" : ""}${kept}, ${job.seconds} s`;
 }
 
 function createTile(entry, index) {
@@ -62,13 +63,19 @@ function createEntry(job) {
   const view = new TokenView();
   const use = make("button", "ts-button", "Use these settings");
   const keep = make("button", "ts-button", "Keep this seed");
-  use.type = keep.type = "button";
-  view.extra.append(use, keep);
+  const vary = make("button", "ts-button", "Vary");
+  const finish = make("button", "ts-button", "Finish");
+  vary.title = "Four others that keep the first quarter of these tokens";
+  finish.title = "Go on to all tokens of the model";
+  for (const button of [use, keep, vary, finish]) button.type = "button";
+  view.extra.append(vary, finish, use, keep);
   node.append(head, meta, bar, warning, error, grid, view.node);
-  const entry = { node, prompt, stop, meta, bar, warning, error, grid, view, tiles: [], selected: 0 };
+  const entry = { vary, finish, node, prompt, stop, meta, bar, warning, error, grid, view, tiles: [], selected: 0 };
   stop.addEventListener("click", () => trigger("stop_job", { id: job.id }));
   const event = (what) => trigger("use_settings", { id: job.id, index: entry.selected, what });
   use.addEventListener("click", () => event("all"));
+  for (const [button, what] of [[vary, "vary"], [finish, "finish"]])
+    button.addEventListener("click", () => trigger("more", { id: job.id, index: entry.selected, what }));
   keep.addEventListener("click", () => event("seed"));
   return entry;
 }
@@ -77,7 +84,8 @@ function updateJob(entry, job) {
   entry.job = job;
   const active = job.state === "queued" || job.state === "running";
   entry.node.dataset.state = job.state;
-  setText(entry.prompt, job.style ? `${job.prompt}, ${job.style}` : job.prompt);
+  const words = job.style ? `${job.prompt}, ${job.style}` : job.prompt;
+  setText(entry.prompt, job.model ? `${words} · ${job.model}` : words);
   setText(entry.meta, progressText(job));
   entry.stop.hidden = !active || job.stopping;
   entry.bar.hidden = job.state !== "running";
@@ -121,8 +129,11 @@ function updateJob(entry, job) {
   const item = job.items[entry.selected];
   const ready = !active && item.sheet;
   entry.view.node.hidden = !ready;
+  entry.vary.hidden = !job.variable;
+  entry.finish.hidden = !job.finishable;
   if (ready) {
-    setText(entry.view.title, `Token by token${job.items.length > 1 ? `: picture ${entry.selected + 1}` : ""}`);
+    const ordered = item.lengths.length > 1;
+    setText(entry.view.title, `${ordered ? "Token by token" : "Tokens"}${job.items.length > 1 ? `: picture ${entry.selected + 1}` : ""}`);
     entry.view.show({
       sheet: item.sheet,
       lengths: item.lengths,

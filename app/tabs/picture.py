@@ -6,14 +6,16 @@ import asyncio
 import html
 import secrets
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gradio as gr
 
 from ...modalities.errors import InputError
 from ...modalities.text import expand_prompt
+from ...pipelines.class_names import find_class
 from ...pipelines.seeds import MAX_SEED, check_seed, random_seed
+from ...weights.registry import find_model
 from ..faults import guarded
 from ..picture_job import PictureJob, PictureRequest
 from ..studio import EXAMPLES, Card, Studio
@@ -71,6 +73,8 @@ def requests(
     num_tokens: int | None = None,
     guidance_scale: float | None = None,
     temperature: float | None = None,
+    num_steps: int | None = None,
+    model: str | None = None,
 ) -> list[PictureRequest]:
     """One request for each alternative in the prompt's braces, all checked.
 
@@ -83,19 +87,23 @@ def requests(
         raise InputError(f'Unknown style "{style[:40]}": choose from {", ".join(card.styles)}.')
     if not 1 <= count <= MAX_COUNT:
         raise InputError(f"The app makes 1 to {MAX_COUNT} pictures at once, got {count}.")
-    if num_tokens is not None and not 1 <= num_tokens <= card.num_tokens:
+    if card.takes_tokens and num_tokens is not None and not 1 <= num_tokens <= card.num_tokens:
         raise InputError(
             f"This model makes 1 to {card.num_tokens} tokens, got {num_tokens}. "
             f"Use {min(max(num_tokens, 1), card.num_tokens)}."
         )
+    if num_steps is not None and not 1 <= num_steps <= 1000:
+        raise InputError(f"Steps must lie in 1 to 1000, got {num_steps}.")
     for name, value in (("Guidance", guidance_scale), ("Temperature", temperature)):
         if value is not None and not 0 <= value <= 100:
             raise InputError(f"{name} must lie in 0 to 100, got {value}.")
     seed = random_seed() if seed is None else check_seed(seed)
-    return [
-        PictureRequest(text, seed, count, style, num_tokens, guidance_scale, temperature)
-        for text in expand_prompt(prompt)
-    ]
+    texts = expand_prompt(prompt)
+    if card.num_classes:
+        for text in texts:
+            find_class(text, card.num_classes, card.class_names)
+    values = (style, num_tokens, guidance_scale, temperature, num_steps, model)
+    return [PictureRequest(text, seed, count, *values) for text in texts]
 
 
 def enqueue(
@@ -109,6 +117,8 @@ def enqueue(
     num_tokens: int,
     guidance_scale: float,
     temperature: float,
+    num_steps: int | None = None,
+    model: str | None = None,
 ) -> tuple[str, str, list[PictureJob]]:
     """Create was pressed: queue the jobs.
 
@@ -119,7 +129,7 @@ def enqueue(
         InputError: a value out of its range, or too many jobs are waiting; nothing is queued.
     """
     owner = owner_key(owner)
-    prompt = prompt if prompt and prompt.strip() else EXAMPLES[0]
+    prompt = prompt if prompt and prompt.strip() else card.example
     values = requests(
         card,
         prompt,
@@ -129,10 +139,18 @@ def enqueue(
         int(num_tokens),
         float(guidance_scale),
         float(temperature),
+        None if num_steps is None or card.num_steps is None else int(num_steps),
+        model,
     )
     jobs = [PictureJob(studio, owner, request) for request in values]
     studio.jobs.submit(*jobs)
     return owner, prompt, jobs
+
+
+def model_label(name: str) -> str:
+    """A model's name, and whether its terms forbid commercial use."""
+    info = find_model(name)
+    return f"{name} (not for commercial use)" if info is not None and info.non_commercial else name
 
 
 @dataclass
@@ -157,7 +175,7 @@ def picture_tab(
         prompt = gr.Textbox(
             label="Prompt",
             show_label=False,
-            placeholder=EXAMPLES[0],
+            placeholder=card.example,
             lines=1,
             max_lines=6,
             scale=1,
@@ -169,14 +187,27 @@ def picture_tab(
         create = gr.Button("Create", variant="primary", elem_id="create", scale=0, min_width=110)
         stop = gr.Button("Stop", elem_id="stop", scale=0, min_width=80)
     note = markup(elem_id="note")
-    with gr.Row(elem_id="examples"):
+    with gr.Row(elem_id="examples", visible=not card.num_classes) as examples:
         chips = {text: gr.Button(text, size="sm", min_width=0, scale=0) for text in EXAMPLES}
     with gr.Row(elem_id="bench"):
         with gr.Column(elem_id="results", scale=3, min_width=0):
             stage = jobs_component("stage.js", _EMPTY, elem_id="stage")
         with gr.Column(elem_id="settings", scale=1, min_width=240):
+            names = studio.image_models()
+            kind = gr.Radio if len(names) <= 8 else gr.Dropdown
+            model = kind(
+                [(model_label(name), name) for name in names],
+                value=names[0],
+                label="Model",
+                visible=len(names) > 1,
+                elem_id="model",
+            )
             style = gr.Radio(
-                [ANY_STYLE, *card.styles], value=ANY_STYLE, label="Style", elem_id="style"
+                [ANY_STYLE, *card.styles],
+                value=ANY_STYLE,
+                label="Style",
+                elem_id="style",
+                visible=bool(card.styles),
             )
             count = gr.Radio(list(COUNTS), value=4, label="Pictures", elem_id="count")
             seed = gr.Textbox(
@@ -194,11 +225,12 @@ def picture_tab(
                     step=1,
                     label="Tokens",
                     info="Fewer are coarser and quicker.",
+                    visible=card.takes_tokens,
                     elem_id="tokens",
                 )
                 guidance = gr.Slider(
                     1,
-                    10,
+                    max(10, card.guidance_scale),
                     value=card.guidance_scale,
                     step=0.5,
                     label="Guidance",
@@ -207,10 +239,20 @@ def picture_tab(
                 temperature = gr.Slider(
                     0,
                     2,
-                    value=card.temperature,
+                    value=card.temperature or 0,
+                    visible=card.temperature is not None,
                     step=0.05,
                     label="Temperature",
                     info="Lower is safer, higher is wilder.",
+                )
+                num_steps = gr.Slider(
+                    1,
+                    100,
+                    value=card.num_steps or 1,
+                    step=1,
+                    label="Steps",
+                    info="More are finer and slower.",
+                    visible=card.num_steps is not None,
                 )
             inputs = PictureInputs(prompt, style, count, seed, num_tokens, guidance, temperature)
             with gr.Accordion("Settings from a picture", open=False, elem_id="restore"):
@@ -219,21 +261,23 @@ def picture_tab(
     watch = watcher(studio, "picture", also=[show_headline])
     fields = inputs.all()
 
-    def start(owner: Any, *values: Any) -> tuple[Any, ...]:
-        owner, text, jobs = enqueue(studio, card, owner, *values)
+    def start(owner: Any, num_steps: Any, model: str, *values: Any) -> tuple[Any, ...]:
+        chosen = None if model == studio.name else model
+        found = card if chosen is None else studio.card_of(chosen)
+        owner, text, jobs = enqueue(studio, found, owner, *values, num_steps, chosen)
         warnings = [job.warning for job in jobs if job.warning]
         if warnings:
             gr.Warning(warnings[0], title="", duration=8)
         return owner, text, [text, *values[1:]]
 
     def start_example(text: str) -> Any:
-        return lambda owner, _, *values: start(owner, text, *values)
+        return lambda owner, steps, model, _, *values: start(owner, steps, model, text, *values)
 
     def connect(triggers: list[Any], handler: Any) -> None:
         gr.on(
             triggers,
             guarded(handler),
-            [owner, *fields],
+            [owner, num_steps, model, *fields],
             [owner, prompt, saved],
             trigger_mode="multiple",
             **ACTION,
@@ -270,11 +314,64 @@ def picture_tab(
 
     stage.use_settings(guarded(use_settings), owner, fields, **ACTION)
 
-    def describe(text: str) -> str:
-        warning = studio.prompt_warning(text)
+    def choose(name: str) -> list[Any]:
+        """Another model: what it takes, with its usual values."""
+        found = studio.card_of(name)
+        return [
+            gr.Textbox(placeholder=found.example),
+            gr.Radio([ANY_STYLE, *found.styles], value=ANY_STYLE, visible=bool(found.styles)),
+            gr.Slider(
+                maximum=found.num_tokens, value=found.default_num_tokens, visible=found.takes_tokens
+            ),
+            gr.Slider(value=found.guidance_scale, maximum=max(10, found.guidance_scale)),
+            gr.Slider(
+                value=found.temperature or 0,
+                maximum=max(2, found.temperature or 0),
+                visible=found.temperature is not None,
+            ),
+            gr.Slider(
+                value=found.num_steps or 1,
+                maximum=max(100, found.num_steps or 0),
+                visible=found.num_steps is not None,
+            ),
+            gr.Row(visible=not found.num_classes),
+        ]
+
+    model.change(
+        guarded(choose),
+        model,
+        [prompt, style, num_tokens, guidance, temperature, num_steps, examples],
+        trigger_mode="always_last",
+        **ACTION,
+    )
+
+    def more(owner: str, event: gr.EventData) -> None:
+        """Vary or Finish was pressed below a picture."""
+        job = studio.jobs.find(owner, str(event.id))
+        index = int(event.index)
+        if not isinstance(job, PictureJob) or not 0 <= index < len(job.items):
+            raise InputError("This job is gone: its pictures are in the Library.")
+        item, finish = job.items[index], event.what == "finish"
+        count = len(item.tokens)
+        request = replace(
+            job.request,
+            seed=item.seed if finish else random_seed(),
+            count=1 if finish else 4,
+            num_tokens=studio.load(job.request.model).num_tokens if finish else count,
+            given=tuple(item.tokens),
+            keep=count if finish else max(count // 4, 1),
+        )
+        studio.jobs.submit(PictureJob(studio, owner, request))
+
+    stage.more(guarded(more), owner, trigger_mode="multiple", **ACTION).success(
+        watch, owner, [stage, headline], trigger_mode="multiple", **ACTION
+    )
+
+    def describe(text: str, name: str) -> str:
+        warning = studio.prompt_warning(text) if name == studio.name else ""
         return f'<p class="ts-warning">{html.escape(warning)}</p>' if warning else ""
 
-    prompt.change(describe, prompt, note, trigger_mode="always_last", **QUIET)
+    prompt.change(describe, [prompt, model], note, trigger_mode="always_last", **QUIET)
     gr.on(
         [field.input for field in fields],
         lambda *values: list(values),
@@ -298,13 +395,18 @@ def image_endpoint(studio: Studio, card: Card) -> None:
         num_tokens: int | None = None,
         guidance_scale: float | None = None,
         temperature: float | None = None,
+        num_steps: int | None = None,
+        model: str = "",
     ) -> dict[str, Any]:
-        """Make pictures from a sentence; yields the state after every few tokens.
+        """Make pictures from a sentence, or of a class; yields the state after every few tokens.
 
         The last value holds the files: {state, step, total, seeds, tokens, images}. Cancelling
         stops the work.
         """
-        values = requests(card, prompt, style, count, seed, num_tokens, guidance_scale, temperature)
+        chosen = None if model in ("", studio.name) else model
+        found = card if chosen is None else await asyncio.to_thread(studio.card_of, chosen)
+        numbers = (num_tokens, guidance_scale, temperature, num_steps)
+        values = requests(found, prompt, style, count, seed, *numbers, chosen)
         if len(values) > 1:
             raise InputError("This endpoint makes one prompt at a time: leave out the braces.")
         job = PictureJob(studio, secrets.token_hex(16), values[0])

@@ -11,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from tessera.app.commands import cli
+from tessera.evaluation import audio as evaluation
 from tessera.modalities.audio import load_audio, read_record, save_audio
 from tessera.modalities.errors import InputError
 from tessera.modalities.token_file import read_tokens
@@ -112,6 +113,18 @@ def test_what_is_refused(workplace):
         "must end in"
         in tessera("decode", "in.tok", "--tokenizer", "codec", "-o", "o.png", code=2).stderr
     )
+
+
+def test_evaluate(workplace, monkeypatch):
+    monkeypatch.setattr(evaluation, "_has", lambda package: False)
+    Path("sounds").mkdir()
+    Path("in.wav").rename("sounds/in.wav")
+    result = tessera("evaluate", "codec", "--data", "sounds", "-o", "report.json")
+    assert result.stdout == "report.json\n"
+    report = json.loads(Path("report.json").read_text())
+    assert report["recordings"] == 1 and report["bitrate"] == 500
+    shown = tessera("evaluate", "codec", "--data", "sounds", "--voices", "kathleen", code=2)
+    assert "no speech pack" in shown.stderr
 
 
 def test_the_class_of_a_tokenizer_is_known_before_it_loads(workplace):

@@ -124,7 +124,9 @@ class AudioTokenizer(ABC):
         num_codebooks: Q.
         vocab_size: ids of each codebook; None for a continuous tokenizer.
         latent_dim: width of a continuous frame ``[B, T, latent_dim]``; None for a discrete one.
-        streaming: whether pieces, encoded and decoded with their state, give what the whole gives.
+        streaming: whether pieces, encoded and decoded with their state, give what the whole gives:
+            such a tokenizer has ``stream_encoder()`` and ``stream_decoder()``; see
+            `tokenizers.audio.streaming`, which also serves the others, in windows.
     """
 
     sample_rate: int

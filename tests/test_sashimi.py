@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ from tessera.generators.layers.s4 import S4, final_state, hippo_legs, long_conv,
 from tessera.modalities.errors import InputError
 from tessera.tokenizers.audio.sample_quantizer import SampleQuantizer
 from tessera.weights.convert.sashimi import convert_state_dict
+from tessera.weights.loading import load_published
+from tessera.weights.registry import model_info
 
 
 def seeds(*numbers):
@@ -105,6 +109,48 @@ def test_converter_undoes_the_length_of_a_published_kernel():
     assert {"embedding.weight", "head.bias"} < set(state)
     with pytest.raises(InputError, match="q_layers"):
         convert_state_dict({"q_layers.0.linear.weight": torch.ones(1)}, {"pool": [4], "depth": 1})
+
+
+def published_name(name: str) -> str:
+    """A name of ours as the checkpoints of version 3 have it."""
+    for pattern, replacement in (
+        (r"^backbone\.", "model."),
+        (r"^embedding\.", "encoder.0."),
+        (r"^head\.", "decoder.0.output_transform."),
+        (r"\.middle\.", ".c_layers."),
+        (r"\.tiers\.(\d)\.down\.", r".d_layers.\1.linear."),
+        (r"\.tiers\.(\d)\.up\.", lambda m: f".u_layers.{1 - int(m[1])}.0.linear."),
+        (
+            r"\.tiers\.(\d)\.layers\.(\d+)\.",
+            lambda m: f".u_layers.{1 - int(m[1])}.{int(m[2]) + 1}.",
+        ),
+        (r"\.layer\.(log_dt|B|C|P)$", r".layer.kernel.kernel.\1"),
+        (r"\.layer\.log_A_real$", ".layer.kernel.kernel.inv_w_real"),
+        (r"\.layer\.A_imag$", ".layer.kernel.kernel.w_imag"),
+        (r"\.layer\.output\.", ".layer.output_linear.0."),
+        (r"\.layer\.fc1\.", ".layer.ff.0.0."),
+        (r"\.layer\.fc2\.", ".layer.ff.2."),
+    ):
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def test_published_files_load(tmp_path):
+    info = model_info("sashimi-sc09")
+    torch.manual_seed(4)
+    model = SaShiMi(**info.config).eval()
+    published = {}
+    for name, value in model.state_dict().items():
+        if name.endswith((".layer.B", ".layer.P", ".layer.D")):
+            value = value[None]
+        elif re.search(r"\.(up|down|fc1|fc2)\.weight$", name):
+            value = value[..., None]
+        published[published_name(name)] = value
+    torch.save(published, tmp_path / "sashimi_sc09.pt")
+    loaded = load_published(info, [tmp_path / "sashimi_sc09.pt"])
+    tokens = torch.randint(256, (1, 1, 32))
+    with torch.no_grad():
+        assert torch.equal(loaded.logits(tokens), model.logits(tokens))
 
 
 def test_converter_spreads_shared_parameters():

@@ -21,7 +21,7 @@ VARIANTS = {"mixed_pro": None}
 
 def build(case):
     c, pattern = case.config, case.args["pattern"]
-    lyrics, shapes = c["lyrics"], case.args.get("mert_stub", {"layers": 25, "channels": 1024})
+    lyrics, published = c["lyrics"], case.state(variant=VARIANTS.get(pattern, pattern))
     model = SongGen(
         pattern=pattern,
         num_codebooks=c["codebooks"],
@@ -37,10 +37,9 @@ def build(case):
         lyrics_depth=lyrics["num_blocks"],
         lyrics_heads=lyrics["attention_heads"],
         lyrics_hidden=lyrics["linear_units"],
-        voice_layers=shapes["layers"],
-        voice_dim=shapes["channels"],
+        voice_layers=published["mert_layer_agg.weight"].shape[1],
+        voice_dim=published["audio_mert_to_dec_proj.weight"].shape[1],
     ).eval()
-    published = case.state(variant=VARIANTS.get(pattern, pattern))
     load_strict(model, convert_state_dict(published, dict(model.config)))
     return model
 

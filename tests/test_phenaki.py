@@ -25,6 +25,8 @@ from tessera.tokenizers.video.phenaki import (
     patchify,
     unpatchify,
 )
+from tessera.training.losses import AdversarialLoss, PatchDiscriminator
+from tessera.training.video_losses import VideoTokenizerLoss
 from tessera.weights.convert.phenaki import convert_state_dict
 
 SMALL = {
@@ -103,7 +105,7 @@ def test_patches():
     torch.testing.assert_close(patches[0, 0, 0, 0], first)
     torch.testing.assert_close(unpatchify(patches, (2, 8, 4)), video)
     tokenizer = build_tokenizer(patch_size=(8, 4))
-    assert tokenizer.grid(5) == (3, 2, 4)
+    assert tokenizer.grid == (3, 2, 4)
     assert tokenizer.decode(tokenizer.encode(clip(3))).shape == (1, 3, 3, 16, 16)
 
 
@@ -146,26 +148,56 @@ def test_lfq():
 
 @pytest.mark.parametrize("quantization", ["lookup-free", "cosine", "fsq"])
 def test_tokenizer_training_lowers_the_loss(quantization):
-    model = build_tokenizer(quantization=quantization, code_dim=8, fsq_levels=(4, 4)).train()
+    """Squared error, a perceptual stand-in and a discriminator, on clips of two lengths."""
+    tokenizer = build_tokenizer(quantization=quantization, code_dim=8, fsq_levels=(4, 4)).train()
+    model = VideoTokenizerLoss(
+        tokenizer,
+        {"regularizer": 1.0, "gan": 0.1, "edges": 0.1},
+        {"edges": lambda x, y: (x.diff(dim=-1) - y.diff(dim=-1)).abs().mean()},
+        AdversarialLoss(PatchDiscriminator(32, 1, 4)),
+        gan_start=3,
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    video, losses = clip(3, batch=2), []
-    for _ in range(12):
-        loss, parts = model(video)
+    video, lengths, errors = clip(3, batch=2), torch.tensor([3, 1]), []
+    random = torch.Generator().manual_seed(0)
+    for step in range(12):
+        loss, parts = model(video, step, lengths, random)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(parts["mse"].item())
-    assert losses[-1] < 0.9 * losses[0]
-    assert int(model.encode(video).max()) < model.vocab_size
+        errors.append(parts["l2"].item())
+    assert errors[-1] < 0.9 * errors[0]
+    assert {"edges", "psnr", "perplexity", "hinge"} <= parts.keys()
+    assert int(tokenizer.encode(video).max()) < tokenizer.vocab_size
 
 
-def test_padding_frames_do_not_count(tokenizer):
-    video = clip(5, batch=2)
-    video[1, :, 3:] = 1
-    loss, parts = tokenizer(video, torch.tensor([5, 3]))
-    alone = [tokenizer(video[:1])[1]["mse"] * 5, tokenizer(video[1:, :, :3])[1]["mse"] * 3]
-    torch.testing.assert_close(parts["mse"], sum(alone) / 8)
-    assert torch.isfinite(loss)
+class Copy(torch.nn.Module):
+    """A tokenizer that adds 0.2 to every frame."""
+
+    def forward(self, video):
+        return video + 0.2, video.new_ones(()), {}
+
+
+def test_padding_frames_do_not_count():
+    frames = []
+    model = VideoTokenizerLoss(
+        Copy(),
+        {"regularizer": 2.0, "seen": 0.0},
+        {"seen": lambda x, y: frames.append(y) or x.mean()},
+        None,
+        0,
+    )
+    video = torch.zeros(2, 3, 5, 16, 16)
+    video[1, :, 3:] = torch.nan
+    for seed in range(5):
+        loss, parts = model(video, 0, torch.tensor([5, 3]), seeds(seed)[0])
+        torch.testing.assert_close(loss, torch.tensor(0.01 + 2.0))
+        torch.testing.assert_close(parts["psnr"], torch.tensor(20.0))
+    assert not torch.cat(frames).isnan().any()
+    l1 = VideoTokenizerLoss(Copy(), {"regularizer": 0.0}, {}, None, 0, distance="l1")
+    torch.testing.assert_close(l1(video[:1], 0)[0], torch.tensor(0.1))
+    with pytest.raises(InputError, match="l1, l2"):
+        VideoTokenizerLoss(Copy(), {}, {}, None, 0, distance="l3")
 
 
 def test_tokenizer_saves_and_loads(tokenizer, tmp_path):

@@ -207,6 +207,12 @@ class TokenizerLoss(nn.Module):
         l2 = F.mse_loss(decoded, images) / 4
         parts |= {"l2": l2.detach(), "psnr": -10 * l2.detach().log10()}
         loss = l2 + self.weights["regularizer"] * regularizer
+        return self.add_image_losses(loss, parts, decoded, images, step)
+
+    def add_image_losses(
+        self, loss: Tensor, parts: dict[str, Tensor], decoded: Tensor, images: Tensor, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """A loss and values with those of the perceptual and adversarial networks on pictures."""
         for name, function in self.perceptual.items():
             value = function(decoded, images).mean()
             loss = loss + self.weights[name] * value

@@ -330,7 +330,7 @@ def tell_story(
     step = tokenizer.temporal_patch_size
     if not scenes:
         raise InputError("A story needs at least one scene.")
-    _, rows, columns = tokenizer.grid(1)
+    _, rows, columns = tokenizer.grid
     window = model.config.max_tokens // (rows * columns)
     if prime_frames < 1 or (prime_frames - 1) % step:
         raise InputError(f"prime_frames must be 1 + {step} k, got {prime_frames}.")

@@ -26,7 +26,7 @@ from ...modalities.errors import InputError
 from ..base import Tokenizer
 from ..quantizers.fsq import FSQ
 from ..quantizers.lfq import LFQ
-from ..quantizers.vq import VectorQuantizer
+from ..quantizers.vq import VectorQuantizer, codebook_use
 
 QUANTIZATIONS = ("lookup-free", "cosine", "fsq")
 SCALE = 8  # of the logits of normalised queries and keys
@@ -387,7 +387,12 @@ class CViViT(ModelMixin, ConfigMixin, Tokenizer):
     @property
     def num_tokens(self) -> int:
         """Of a clip of ``num_frames``."""
-        return math.prod(self.grid(self.num_frames))
+        return math.prod(self.grid)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(t, h, w) of the tokens of a clip of ``num_frames``."""
+        return self.grid_of(self.num_frames)
 
     @property
     def patch_sizes(self) -> tuple[int, int]:
@@ -395,13 +400,13 @@ class CViViT(ModelMixin, ConfigMixin, Tokenizer):
         size = self.config.patch_size
         return (size, size) if isinstance(size, int) else tuple(size)
 
-    def grid(self, frames: int) -> tuple[int, int, int]:
+    def grid_of(self, frames: int) -> tuple[int, int, int]:
         """(t, h, w) of the tokens of so many frames."""
         rows, columns = self.patch_sizes
         steps = 1 + (frames - 1) // self.temporal_patch_size
         return steps, self.image_size // rows, self.image_size // columns
 
-    def latents(self, video: Tensor) -> Tensor:
+    def encode_latents(self, video: Tensor) -> Tensor:
         """``[B, 3, T, H, W]`` in [-1, 1] -> ``[B, t, h, w, D]`` before the quantizer."""
         video = (video + 1) / 2
         x = self.embed_first(patchify(video[:, :, :1], (1, *self.patch_sizes)))
@@ -419,7 +424,7 @@ class CViViT(ModelMixin, ConfigMixin, Tokenizer):
 
     def quantize_video(self, video: Tensor) -> Tensor:
         """``[B, 3, T, H, W]`` in [-1, 1] of any size that patches divide -> ids ``[B, t, h, w]``."""
-        return self.quantize(self.latents(video))[1]
+        return self.quantize(self.encode_latents(video))[1]
 
     def decode_codes(self, codes: Tensor) -> Tensor:
         """``[B, t, h, w, code width]`` -> ``[B, 3, T, H, W]``, about [-1, 1]."""
@@ -456,12 +461,12 @@ class CViViT(ModelMixin, ConfigMixin, Tokenizer):
             InputError: ids out of range, or a number that fills no whole frames.
         """
         self.check_tokens(tokens)
-        _, rows, columns = self.grid(1)
+        _, rows, columns = self.grid
         return self.decode_grid(tokens.unflatten(1, (-1, rows, columns)))
 
     def check_tokens(self, tokens: Tensor) -> None:
         """As the base class, for any number of whole frames."""
-        _, rows, columns = self.grid(1)
+        _, rows, columns = self.grid
         if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.shape[1] % (rows * columns):
             raise InputError(
                 f"This tokenizer decodes tokens of shape [batch, {rows * columns} k], whole frames "
@@ -474,39 +479,16 @@ class CViViT(ModelMixin, ConfigMixin, Tokenizer):
                 f"{int(tokens.max())}."
             )
 
-    def reconstruct(self, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``[B, 3, T, H, W]`` -> the same through the tokens, float32, with gradients; the ids
-        ``[B, t, h, w]``; the quantizer's loss."""
-        codes, ids, loss = self.quantize(self.latents(video))
-        return self.decode_codes(codes).float(), ids, loss
-
-    def forward(
-        self, video: Tensor, num_frames: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared error of the reconstruction plus the quantizer's loss.
-
-        (The paper adds perceptual and adversarial losses of weight 0.1, which need networks of their own;
-        `reconstruct` gives what they look at.)
+    def forward(self, video: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Reconstruct, for training.
 
         Args:
-            video: ``[B, 3, T, S, S]`` in [-1, 1]; T = 1 trains on pictures, as the paper does first.
-            num_frames: int ``[B]``, ``1 + k f`` each: how many frames of each clip count. What
-                follows them is padding, and no loss of the reconstruction sees it.
+            video: ``[B, 3, 1 + k f, S, S]`` in [-1, 1]; k = 0 trains on pictures, as the paper does first.
+
+        Returns:
+            clips float32, the quantizer's loss (to which squared error, perceptual and adversarial
+            losses are added: ``training.video_losses``), values to report.
         """
         self.check_video(video)
-        reconstruction, ids, loss = self.reconstruct(video)
-        error = (reconstruction - video).square().mean((1, 3, 4))
-        weight = torch.ones_like(error)
-        if num_frames is not None:
-            weight = (
-                torch.arange(video.shape[2], device=video.device) < num_frames[:, None]
-            ).float()
-        mse = (error * weight).sum() / weight.sum()
-        used = torch.bincount(ids.flatten(), minlength=self.vocab_size).count_nonzero()
-        parts = {
-            "mse": mse.detach(),
-            "psnr": 10 * (4 / mse.detach()).log10(),
-            "quantizer": loss.detach(),
-            "codebook_usage": used / self.vocab_size,
-        }
-        return mse + loss, parts
+        codes, ids, loss = self.quantize(self.encode_latents(video))
+        return self.decode_codes(codes).float(), loss, codebook_use(ids, self.vocab_size)

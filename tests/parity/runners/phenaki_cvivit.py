@@ -28,7 +28,7 @@ def build(case):
 
 @torch.no_grad()
 def encode(case):
-    latents = (model := build(case)).latents(case.inputs["video"] * 2 - 1)
+    latents = (model := build(case)).encode_latents(case.inputs["video"] * 2 - 1)
     return {"latent": latents, "ids": model.quantize(latents)[1]}
 
 

@@ -381,20 +381,18 @@ class ARDiT(ModelMixin, ConfigMixin):
             extra = count * size - longest
             canvas = F.pad((tokens.float() - self.latent_mean) / self.latent_std, (0, 0, 0, extra))
             kept = F.pad(token_mask, (0, extra)).unflatten(1, (count, size))
-            canvas = canvas * kept.flatten(1)[..., None]
+            canvas = canvas.masked_fill(~kept.flatten(1)[..., None], 0.0)
         canvas = canvas.unflatten(1, (count, size))
         order, first = writing_order(kept, real)
-        row = torch.arange(batch, device=device)[:, None]
+        item = torch.arange(batch, device=device)
 
         # Each item draws for its blocks in the order of time, whatever is kept.
         draws = 1 + num_step_draws(sampler, times)
         noise = torch.stack(
             [draw("normal", (draws, size, width), generators, device) for _ in range(count)], dim=1
         )
-        rows = torch.arange(batch, device=device)
         guided = conditional and guidance_scale > 1
-        if guided:
-            rows = rows.repeat(2)
+        rows = item.repeat(2) if guided else item
         use = torch.arange(len(rows), device=device) < batch
         if labels is not None:
             labels = labels[rows].masked_fill(~use, self.num_classes)
@@ -414,7 +412,6 @@ class ARDiT(ModelMixin, ConfigMixin):
             valid = torch.cat([text_mask[rows] & use[:, None], valid], dim=1)
         step = torch.arange(count, device=device).repeat_interleave(size)
         step = torch.cat([step.new_full((text_length,), -1), step])
-        mask = block_mask(step, torch.zeros_like(step, dtype=torch.bool), valid)
         weight = self.output.weight
         cache = StaticCache(
             config.depth,
@@ -428,30 +425,36 @@ class ARDiT(ModelMixin, ConfigMixin):
 
         def run(x: Tensor, t: float, start: int) -> Tensor:
             """Embedded tokens ``[rows, n, dim]`` at ``start`` of the sequence, through all blocks."""
-            here = slice(start, start + x.shape[1])
+            end = start + x.shape[1]
+            here = slice(start, end)
+            # The rows of `block_mask` of these tokens, which are clean or, as yet, the last ones.
+            seen = (step[:end] <= step[here, None]) & valid[:, None, :end]
+            token = torch.arange(end, device=device)
+            alone = token[here, None] == token
+            mask = (seen | alone)[:, None]
             rope = cos[:, here], sin[:, here]
             for layer, block in enumerate(self.blocks):
                 modulation = modulations[layer][:, index[t], None]
-                x = block(x, modulation, rope, mask[:, :, here, : here.stop], cache, layer, start)
+                x = block(x, modulation, rope, mask, cache, layer, start)
             return x
 
         known = [] if text is None else [self.text_embedding(text[rows])]
         if first:
-            blocks = canvas[row, order[:, :first]].flatten(1, 2)
+            blocks = canvas[item[:, None], order[:, :first]].flatten(1, 2)
             known.append(self.embed(blocks[rows], False))
         if known:
             run(torch.cat(known, dim=1), 0.0, 0)
         for k in range(first, count):
             start = text_length + k * size
             at = order[:, k]
-            target, hold_here = canvas[row[:, 0], at], kept[row[:, 0], at][..., None]
+            target, held = canvas[item, at], kept[item, at][..., None]
 
             def velocity(
                 x: Tensor,
                 t: float,
                 start: int = start,
                 goal: Tensor = target,
-                held: Tensor = hold_here,
+                held: Tensor = held,
             ) -> Tensor:
                 hidden = run(self.embed(x[rows], True), t, start)
                 v = self.read_out(hidden, condition[:, index[t], None])
@@ -459,15 +462,13 @@ class ARDiT(ModelMixin, ConfigMixin):
                     v = guide(*v.chunk(2), guidance_scale)
                 return hold(v, x, t, goal, held) if tokens is not None else v
 
-            own = noise[row[:, 0], at].transpose(0, 1)
+            own = noise[item, at].transpose(0, 1)
             for state in integrate(sampler, velocity, own[0], times, own[1:]):
                 x = state
-            canvas[row[:, 0], at] = (
-                torch.where(hold_here, target, x) * real[row[:, 0], at][..., None]
-            )
+            canvas[item, at] = torch.where(held, target, x) * real[item, at][..., None]
             if k + 1 < count:
                 # The block's keys and values once more, now clean.
-                run(self.embed(canvas[row[:, 0], at][rows], False), 0.0, start)
+                run(self.embed(canvas[item, at][rows], False), 0.0, start)
             made = real & (kept | (order.argsort(dim=1) <= k)[..., None])
             yield self._latents(canvas, made)[:, :longest]
         if first == count:

@@ -86,7 +86,7 @@ def _pick(x: Tensor, k: int, pivot: int, cumulative: bool, valid: Tensor | None)
         score[~valid] = torch.inf
     while len(picks) < k:
         c = picks[-1]
-        cosine = gram[c] if gram is not None else (x @ (x[c] * inverse[c])).mul_(inverse)
+        cosine = gram[c] if gram is not None else torch.mv(x, x[c] * inverse[c]).mul_(inverse)
         score = score.add_(cosine) if cumulative else torch.maximum(score, cosine, out=score)
         score[c] = torch.inf
         picks.append(int(score.argmin()))

@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..modalities.errors import InputError
+from .commands_audio import sound, speak
 from .commands_edit import edit, grid
 from .commands_image import image, info
 from .commands_models import models
@@ -90,10 +91,11 @@ def about(
     ctx: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
 ) -> None:
-    """Type a sentence, get a picture: token-based generation on your own machine.
+    """Type a sentence, get a picture or a voice: token-based generation on your own machine.
 
     \b
     tessera image "a sleepy red fox" -n 4 --seed 7 -o foxes/
+    tessera speak "The kettle is boiling." -o kettle.wav
     tessera reconstruct cat.png --tokens 1,8,32 -o grid.png
     tessera info foxes/a-sleepy-red-fox_7.png --rerun
     tessera app --open
@@ -112,6 +114,8 @@ cli.command("info")(info)
 cli.add_typer(models, name="models")
 cli.add_typer(edit, name="edit")
 cli.command("grid")(grid)
+cli.command("speak")(speak)
+cli.command("sound")(sound)
 
 
 @cli.command()

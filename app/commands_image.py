@@ -188,7 +188,7 @@ def info(
 ) -> None:
     """Show how a file was made.
 
-    With --rerun the exit code is 0 if the picture comes out identical, 1 if it differs.
+    With --rerun the exit code is 0 if the file comes out identical, 1 if it differs.
     """
     if file.suffix.lower() == ".tok":
         if rerun:
@@ -429,6 +429,12 @@ def _rerun(file: Path, record: dict[str, Any], model: str | None) -> dict[str, A
                 f'"{file}" was made by "{model}", which does not ship with Tessera: pass its '
                 "folder or hub id as --model."
             )
+    from ..modalities.audio import AUDIO_SUFFIXES
+
+    if file.suffix.lower() in AUDIO_SUFFIXES:
+        from .commands_audio import rerun
+
+        return rerun(file, record, model)
     if None in (record["prompt"], record["seed"], record["tokens"]):
         raise InputError(
             f'"{file}" has no prompt, seed or tokens in its settings: it cannot be made again.'

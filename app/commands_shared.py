@@ -56,9 +56,9 @@ def progress_bar() -> Progress:
     )
 
 
-def slug(prompt: str) -> str:
+def slug(prompt: str, nothing: str = "picture") -> str:
     """The prompt as part of a file name: ``"A sleepy, red fox!"`` -> ``"a-sleepy-red-fox"``."""
-    return re.sub(r"[\W_]+", "-", prompt.lower())[:48].strip("-") or "picture"
+    return re.sub(r"[\W_]+", "-", prompt.lower())[:48].strip("-") or nothing
 
 
 def output_folder(out: str | None) -> Path | None:

@@ -23,6 +23,8 @@ from .errors import InputError
 from .text import MAX_PROMPT_CHARACTERS, printable
 
 MAX_RECORD_BYTES = 64 * 1024
+# Of what was spoken or drawn.
+MAX_TEXT_CHARACTERS = 10_000
 MAX_SEED = 2**32 - 1
 
 # A shipped name or a hub id. Never a path: a file from a stranger must not choose what is opened.
@@ -192,7 +194,7 @@ def parse_record(text: str | bytes) -> dict[str, Any] | None:
             "model": _name(raw, "model"),
             "revision": _short_text(raw, "revision"),
             "sha256": _short_text(raw, "sha256"),
-            "prompt": _short_text(raw, "prompt", MAX_PROMPT_CHARACTERS),
+            "prompt": _short_text(raw, "prompt", MAX_TEXT_CHARACTERS),
             "negative_prompt": _short_text(raw, "negative_prompt", MAX_PROMPT_CHARACTERS),
             "seed": _whole_number(raw, "seed", MAX_SEED),
             "index": _whole_number(raw, "index", 65_535),

@@ -19,6 +19,8 @@ from tessera.tokenizers.image.flextok import FlexTok
 if TYPE_CHECKING:
     from tessera.pipelines.class_to_image import ClassToImagePipeline
     from tessera.pipelines.text_to_image import TextToImagePipeline
+    from tessera.pipelines.text_to_sound import TextToSoundPipeline
+    from tessera.pipelines.text_to_speech import TextToSpeechPipeline
     from tessera.tokenizers.base import Tokenizer
 
 COLOURS = {
@@ -296,3 +298,53 @@ def tiny_codec() -> WavTokenizer:
         num_layers=1,
     )
     return codec.eval()
+
+
+def _speaking_codec() -> WavTokenizer:
+    """8 kHz, 100 frames a second of 32 ids."""
+    torch.manual_seed(3)
+    codec = WavTokenizer(
+        sample_rate=8000,
+        filters=4,
+        strides=(4, 4, 5),
+        lstm_layers=1,
+        latent_dim=8,
+        vocab_size=32,
+        dim=32,
+        intermediate_dim=32,
+        num_layers=1,
+    )
+    codec.init_weights()
+    codec.quantizer.embed.normal_()
+    return codec.eval()
+
+
+def tiny_voice() -> TextToSpeechPipeline:
+    """Two voices that speak noise, about as long as speech."""
+    from tessera.generators.autoregressive.speech import SpeechTransformer
+    from tessera.modalities.phonemes import PHONES
+    from tessera.pipelines.text_to_speech import TextToSpeechPipeline
+
+    torch.manual_seed(1)
+    small = {"dim": 32, "heads": 2, "mlp_hidden": 32, "text_depth": 1, "depth": 2, "window": 8}
+    model = SpeechTransformer(PHONES, ["kathleen", "bob"], vocab_size=32, frame_rate=100.0, **small)
+    model.init_weights()
+    torch.nn.init.constant_(model.duration_head.bias, 2.2)
+    torch.nn.init.normal_(model.decoder.head.weight, std=0.5)
+    return TextToSpeechPipeline(_speaking_codec(), model.eval(), default_voice="kathleen")
+
+
+def tiny_sound() -> TextToSoundPipeline:
+    """Sounds of noise, up to two seconds."""
+    from tessera.generators.autoregressive.sound import SoundTransformer
+    from tessera.pipelines.text_to_sound import TextToSoundPipeline
+
+    torch.manual_seed(2)
+    small = {"dim": 32, "heads": 2, "mlp_hidden": 32, "text_depth": 1, "depth": 2, "window": 8}
+    model = SoundTransformer(
+        ["a", "bell", "drum"], vocab_size=32, frame_rate=100.0, max_seconds=2.0, **small
+    )
+    model.init_weights()
+    torch.nn.init.constant_(model.length_head.bias, 4.0)
+    torch.nn.init.normal_(model.decoder.head.weight, std=0.5)
+    return TextToSoundPipeline(_speaking_codec(), model.eval())

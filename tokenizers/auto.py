@@ -29,7 +29,7 @@ class AutoTokenizer:
         """A tokenizer in eval mode.
 
         Args:
-            name: a shipped model ("sticker": its tokenizer), a published checkpoint by name or hub
+            name: a shipped model ("sticker": its tokenizer, "voice": its codec), a published checkpoint by name or hub
                 id ("titok-l-32", "mimi"; see ``list_models(task="image-tokenizer")`` and
                 "audio-tokenizer"), or a folder saved by ``save_pretrained``.
             files: folder with the files of a published checkpoint, or its one weight file; default:
@@ -42,7 +42,7 @@ class AutoTokenizer:
         text = str(name)
         info = find_model(text, "-tokenizer")
         if Path(text).is_dir() and (info is None or not info.shipped) and files is None:
-            return load_folder(Path(text), "tokenizer", tokenizer_classes(), options)
+            return load_folder(Path(text), _part(Path(text)), tokenizer_classes(), options)
         if info is None:
             known = ", ".join(list_models(task="image-tokenizer")[:8])
             raise InputError(
@@ -50,10 +50,15 @@ class AutoTokenizer:
                 '"tessera models list" shows all.'
             )
         if info.shipped:
-            return load_folder(info.folder, "tokenizer", tokenizer_classes(), options)
+            return load_folder(info.folder, _part(info.folder), tokenizer_classes(), options)
         if not info.task.endswith("-tokenizer"):
             raise InputError(f'"{info.name}" is no tokenizer but a {info.task} model.')
         return _from_published(info, files)
+
+
+def _part(folder: Path) -> str:
+    """What a pipeline calls its tokenizer; one of sound has a codec."""
+    return "codec" if (folder / "codec" / "config.json").is_file() else "tokenizer"
 
 
 def _from_published(info: ModelInfo, files: str | Path | None) -> Tokenizer | AudioTokenizer:
@@ -71,7 +76,7 @@ def tokenizer_class(name: str | Path) -> type | None:
         if not info.shipped:
             return info.model_class() if info.task.endswith("-tokenizer") else None
         folder = info.folder
-    for config in (folder / "tokenizer" / "config.json", folder / "config.json"):
+    for config in (folder / _part(folder) / "config.json", folder / "config.json"):
         try:
             path = tokenizer_classes()[json.loads(config.read_text("utf8"))["_class_name"]]
             return import_class(path)

@@ -19,6 +19,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from ...kernels.linear import Linear
 from ...modalities.errors import InputError
 from ..base import ImageGenerator
 from ..cache import StaticCache
@@ -33,8 +34,8 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, heads: int, bias: bool, qk_norm: bool):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
-        self.proj = nn.Linear(dim, dim, bias=bias)
+        self.qkv = Linear(dim, 3 * dim, bias=bias)
+        self.proj = Linear(dim, dim, bias=bias)
         self.q_norm = nn.LayerNorm(dim // heads) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(dim // heads) if qk_norm else nn.Identity()
 
@@ -51,9 +52,9 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, heads: int, bias: bool, qk_norm: bool):
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(dim, dim, bias=bias)
-        self.kv = nn.Linear(dim, 2 * dim, bias=bias)
-        self.proj = nn.Linear(dim, dim, bias=bias)
+        self.q = Linear(dim, dim, bias=bias)
+        self.kv = Linear(dim, 2 * dim, bias=bias)
+        self.proj = Linear(dim, dim, bias=bias)
         self.q_norm = nn.LayerNorm(dim // heads) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(dim // heads) if qk_norm else nn.Identity()
 
@@ -73,8 +74,8 @@ class CrossAttention(nn.Module):
 class GatedMLP(nn.Module):
     def __init__(self, dim: int, hidden: int, bias: bool):
         super().__init__()
-        self.fc1_fc3 = nn.Linear(dim, 2 * hidden, bias=bias)
-        self.fc2 = nn.Linear(hidden, dim, bias=bias)
+        self.fc1_fc3 = Linear(dim, 2 * hidden, bias=bias)
+        self.fc2 = Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.fc1_fc3(x).chunk(2, dim=-1)
@@ -114,8 +115,8 @@ class TextProjection(nn.Module):
 
     def __init__(self, text_dim: int, dim: int):
         super().__init__()
-        self.fc1 = nn.Linear(text_dim, text_dim, bias=False)
-        self.fc2 = nn.Linear(text_dim, dim, bias=False)
+        self.fc1 = Linear(text_dim, text_dim, bias=False)
+        self.fc2 = Linear(text_dim, dim, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(features), approximate="tanh"))
@@ -150,7 +151,7 @@ class _FlexAR(ImageGenerator, ModelMixin, ConfigMixin):
             Block(dim, heads, mlp_hidden, bias, qk_norm, text) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, vocab_size, bias=False)
+        self.head = Linear(dim, vocab_size, bias=False)
 
     def init_weights(self) -> None:
         """Normal 0.02; projections into the residual stream are scaled by depth (GPT-2)."""

@@ -227,7 +227,10 @@ def _load_model(name: str | Path) -> TextToImagePipeline | Tokenizer:
     if is_tokenizer:
         from ..tokenizers.auto import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if not isinstance(tokenizer, Tokenizer):
+            raise InputError(f'"{name}" is a codec of sound: measure it with evaluate_audio.')
+        return tokenizer
     from ..pipelines.text_to_image import TextToImagePipeline
 
     return TextToImagePipeline.from_pretrained(name)

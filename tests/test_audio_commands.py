@@ -12,11 +12,12 @@ from typer.testing import CliRunner
 
 from tessera.app.commands import cli
 from tessera.evaluation import audio as evaluation
+from tessera.evaluation.evaluate import evaluate
 from tessera.modalities.audio import load_audio, read_record, save_audio
 from tessera.modalities.errors import InputError
 from tessera.modalities.token_file import read_tokens
 from tessera.pipelines.reconstruction import ReconstructionPipeline
-from tessera.tests.tiny import tiny_codec, tiny_tokenizer
+from tessera.tests.tiny import tiny_codec, tiny_pack, tiny_tokenizer
 from tessera.tokenizers.audio.wavtokenizer import WavTokenizer
 from tessera.tokenizers.auto import AutoTokenizer, tokenizer_class
 from tessera.weights import registry
@@ -125,6 +126,8 @@ def test_evaluate(workplace, monkeypatch):
     assert report["recordings"] == 1 and report["bitrate"] == 500
     shown = tessera("evaluate", "codec", "--data", "sounds", "--voices", "kathleen", code=2)
     assert "no speech pack" in shown.stderr
+    with pytest.raises(InputError, match="evaluate_audio"):
+        evaluate("codec", tiny_pack(workplace / "pack"))
 
 
 def test_the_class_of_a_tokenizer_is_known_before_it_loads(workplace):

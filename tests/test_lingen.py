@@ -237,11 +237,15 @@ def test_save_and_load(model, tmp_path):
         ({"shape": (0, 4, 4)}, "1 frame or more"),
         ({"num_steps": 0}, "got 0"),
         ({"guidance_scale": float("nan")}, "finite"),
+        ({"text_features": torch.zeros(1, 5, 3)}, "length, 12"),
+        ({"text_mask": torch.ones(1, 5)}, "must be bool"),
         ({"generators": seeds(1, 2)}, "one random generator an item"),
         ({"known": torch.zeros(1, 4, 2, 4, 4)}, "1 to 1"),
+        ({"null_features": torch.zeros(1, 3, TEXT)}, "shapes of the text's"),
     ],
 )
 def test_errors(model, change, message):
     features, mask = text()
+    arguments = {"text_features": features, "text_mask": mask, "shape": (2, 4, 4)}
     with pytest.raises(InputError, match=message):
-        model.generate(features, mask, **{"generators": seeds(1), "shape": (2, 4, 4), **change})
+        model.generate(**{**arguments, "generators": seeds(1), **change})

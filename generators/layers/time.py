@@ -12,10 +12,15 @@ FEATURES = 256
 
 
 class TimeEmbedding(nn.Module):
-    """Times in 0 to 1 -> vectors, through the whole steps ``trunc(1000 t)``."""
+    """Times in 0 to 1 -> vectors.
 
-    def __init__(self, dim: int):
+    Args:
+        whole_steps: through ``trunc(1000 t)``, as xAR and FlowAR; else through ``1000 t`` itself.
+    """
+
+    def __init__(self, dim: int, whole_steps: bool = True):
         super().__init__()
+        self.whole_steps = whole_steps
         self.fc1 = Linear(FEATURES, dim)
         self.fc2 = Linear(dim, dim)
 
@@ -27,7 +32,8 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, times: Tensor) -> Tensor:
         """``[...]`` -> ``[..., dim]``."""
-        steps = (times.float() * 1000).trunc()
+        steps = times.float() * 1000
+        steps = steps.trunc() if self.whole_steps else steps
         features = get_timestep_embedding(
             steps.flatten(), FEATURES, flip_sin_to_cos=True, downscale_freq_shift=0
         )

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ...kernels.linear import Linear
 from ...modalities.errors import InputError
+from ..conditioning.text import check_text
 from ..flow.samplers import euler, hold
 from ..layers.adaln import modulate
 from ..layers.attention_mixer import angles_of
@@ -199,7 +200,7 @@ class LinGen(ModelMixin, ConfigMixin):
             nn.LayerNorm(text_dim), Linear(text_dim, dim), nn.GELU(), Linear(dim, dim)
         )
         self.null_text = nn.Parameter(torch.zeros(text_dim))
-        self.time = TimeEmbedding(dim)
+        self.time = TimeEmbedding(dim, whole_steps=False)
         self.modulation = Linear(dim, 6 * dim)
         self.blocks = nn.ModuleList(
             LinGenBlock(dim, layer, head_dim, mlp_ratio, **mate) for layer in range(depth)
@@ -237,6 +238,7 @@ class LinGen(ModelMixin, ConfigMixin):
 
         Items whose mask is empty get the unconditional text, one learned vector.
         """
+        check_text(text_features, text_mask, self.config.text_dim)
         empty = ~text_mask.any(1, keepdim=True)
         text_features = torch.where(empty[..., None], self.null_text, text_features.to(self.dtype))
         first = torch.arange(text_mask.shape[1], device=text_mask.device) == 0
@@ -340,6 +342,11 @@ class LinGen(ModelMixin, ConfigMixin):
         if guided:
             if null_features is None:
                 null_features, null_mask = text_features, torch.zeros_like(text_mask)
+            if null_features.shape != text_features.shape or null_mask is None:
+                raise InputError(
+                    f"null_features and null_mask must have the shapes of the text's, "
+                    f"{list(text_features.shape)} and {list(text_mask.shape)}: pad the shorter ones."
+                )
             text_features = torch.cat([text_features, null_features])
             text_mask = torch.cat([text_mask, null_mask])
         condition = self.condition(text_features, text_mask)

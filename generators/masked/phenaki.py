@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ...kernels.linear import Linear
 from ...modalities.errors import InputError
 from ...tokenizers.video.phenaki import CViViT, PositionBias, Transformer
+from ..conditioning.text import check_text
 from ..sampling import check_generators, check_ids, check_sampling, draw, guide, gumbel
 from ..schedules import check_guidance, check_steps, mask_ratio
 
@@ -79,6 +80,7 @@ class Phenaki(ModelMixin, ConfigMixin):
             text_features: ``[B, L, text_dim]``.
             text_mask: bool ``[B, L]``; a row without any True is the unconditional text.
         """
+        check_text(text_features, text_mask, self.config.text_dim)
         contexts = self.transformer.keys_values(text_features.to(self.dtype))
         nulls = contexts[0][0].shape[2] - text_mask.shape[1]
         return contexts, F.pad(text_mask, (nulls, 0), value=True)[:, None, None]

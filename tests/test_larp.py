@@ -13,6 +13,7 @@ from tessera.generators.sampling import guide
 from tessera.modalities.errors import InputError
 from tessera.tokenizers.auto import AutoTokenizer
 from tessera.tokenizers.video.larp import LARP
+from tessera.training.video_losses import VideoTokenizerLoss
 from tessera.weights.convert import larp as convert_tokenizer
 from tessera.weights.convert import larp_ar as convert_generator
 from tessera.weights.loading import load_strict
@@ -287,3 +288,13 @@ def test_published_configurations_are_read():
     published = {"dim": 1280, "n_layer": 30, "multiple_of": 256, "rope_base": 10000}
     read = convert_generator.read_config(published)
     assert read == {"dim": 1280, "depth": 30, "mlp_hidden": 3584}
+
+
+def test_the_whole_loss(video):
+    torch.manual_seed(0)
+    tokenizer = LARP(**SIZES, prior_dropout=0.0)
+    tokenizer.init_weights()
+    loss = VideoTokenizerLoss(tokenizer, {"regularizer": 1.0}, {}, None, 0, distance="l1")
+    value, parts = loss(video, 0, mix=0.0)
+    regularizer = 0.1 * parts["vq"] + 0.06 * parts["prior"]
+    assert torch.allclose(value, parts["l1"] + regularizer, atol=1e-5)

@@ -28,7 +28,6 @@ class SampleQuantizer(AudioTokenizer):
     """
 
     hop = 1
-    streaming = True
 
     def __init__(
         self, sample_rate: int, bits: int = 8, kind: str = "mu-law", normalize: bool = True

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -207,6 +209,17 @@ def test_save_and_load_draw_the_same(pipe, tmp_path):
     other = {ClassToImagePipeline: TextToImagePipeline, TextToImagePipeline: ClassToImagePipeline}
     with pytest.raises(InputError, match=r"class.*text|text.*class|Text|Class"):
         other[type(pipe)].from_pretrained(tmp_path)
+
+
+def test_a_new_process_loads_a_saved_pipeline(tmp_path):
+    build("maskgit").save_pretrained(tmp_path)
+    program = (
+        "from tessera import load_image_pipeline\n"
+        f"pipe = load_image_pipeline({str(tmp_path)!r})\n"
+        "print(type(pipe.generator).__name__, type(pipe.tokenizer).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split() == ["MaskGIT", "MaskGITVQGAN"], done.stderr
 
 
 def test_a_folder_of_a_generator_alone_needs_its_tokenizer(tmp_path):

@@ -338,4 +338,3 @@ def test_one_repository_holds_tokenizer_and_generators():
     ):
         with pytest.raises(InputError, match=f"holds several models: name one of {names}"):
             find_model("FoundationVision/var", kind)
-

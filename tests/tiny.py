@@ -310,7 +310,7 @@ def _speaking_codec() -> WavTokenizer:
         lstm_layers=1,
         latent_dim=8,
         vocab_size=32,
-        dim=32,
+        dim=64,
         intermediate_dim=32,
         num_layers=1,
     )

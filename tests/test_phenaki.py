@@ -26,7 +26,7 @@ from tessera.tokenizers.video.phenaki import (
     unpatchify,
 )
 from tessera.training.losses import AdversarialLoss, PatchDiscriminator
-from tessera.training.phenaki_losses import CViViTLoss
+from tessera.training.video_losses import VideoTokenizerLoss
 from tessera.weights.convert.phenaki import convert_state_dict
 
 SMALL = {
@@ -150,7 +150,7 @@ def test_lfq():
 def test_tokenizer_training_lowers_the_loss(quantization):
     """Squared error, a perceptual stand-in and a discriminator, on clips of two lengths."""
     tokenizer = build_tokenizer(quantization=quantization, code_dim=8, fsq_levels=(4, 4)).train()
-    model = CViViTLoss(
+    model = VideoTokenizerLoss(
         tokenizer,
         {"regularizer": 1.0, "gan": 0.1, "edges": 0.1},
         {"edges": lambda x, y: (x.diff(dim=-1) - y.diff(dim=-1)).abs().mean()},
@@ -180,7 +180,7 @@ class Copy(torch.nn.Module):
 
 def test_padding_frames_do_not_count():
     frames = []
-    model = CViViTLoss(
+    model = VideoTokenizerLoss(
         Copy(),
         {"regularizer": 2.0, "seen": 0.0},
         {"seen": lambda x, y: frames.append(y) or x.mean()},
@@ -194,6 +194,10 @@ def test_padding_frames_do_not_count():
         torch.testing.assert_close(loss, torch.tensor(0.01 + 2.0))
         torch.testing.assert_close(parts["psnr"], torch.tensor(20.0))
     assert not torch.cat(frames).isnan().any()
+    l1 = VideoTokenizerLoss(Copy(), {"regularizer": 0.0}, {}, None, 0, distance="l1")
+    torch.testing.assert_close(l1(video[:1], 0)[0], torch.tensor(0.1))
+    with pytest.raises(InputError, match="l1, l2"):
+        VideoTokenizerLoss(Copy(), {}, {}, None, 0, distance="l3")
 
 
 def test_tokenizer_saves_and_loads(tokenizer, tmp_path):

@@ -55,7 +55,7 @@ class VideoTokenizerLoss(TokenizerLoss):
 
         Args:
             num_frames: int ``[B]``, 1 to T: frames of each clip that count; the others are padding.
-                (The tokenizer sees them, so it should be causal where lengths differ.)
+                (The tokenizer and its own loss see them; it should be causal where lengths differ.)
             generator: of the frames that networks judge, on the video's device.
         """
         decoded, regularizer, parts = self.tokenizer(video, **inputs)

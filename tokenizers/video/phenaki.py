@@ -487,7 +487,7 @@ class CViViT(ModelMixin, ConfigMixin, Tokenizer):
 
         Returns:
             clips float32, the quantizer's loss (to which squared error, perceptual and adversarial
-            losses are added: ``training.phenaki_losses``), values to report.
+            losses are added: ``training.video_losses``), values to report.
         """
         self.check_video(video)
         codes, ids, loss = self.quantize(self.encode_latents(video))

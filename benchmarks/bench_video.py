@@ -66,7 +66,6 @@ def larp_ar() -> tuple[nn.Module, list[Stage]]:
 def nbp() -> tuple[nn.Module, list[Stage]]:
     """The 700M transformer that continues two latent frames (K600)."""
     model = NBP(text_vocab_size=0, text_length=0).eval()
-    model.init_weights()
     prefix = torch.randint(0, model.vocab_size, (1, 512))
 
     def stream() -> Iterator[Tensor]:

@@ -25,7 +25,14 @@ from ..modalities.image import fit_image, load_image, to_pil, to_tensor
 from ..tokenizers.auto import AutoTokenizer
 from ..tokenizers.base import Tokenizer
 from ..weights.loading import check_complete
-from ..weights.registry import ModelInfo, find_model, resolve_model
+from ..weights.registry import (
+    ModelInfo,
+    find_model,
+    generator_classes,
+    import_class,
+    resolve_model,
+    tokenizer_classes,
+)
 from . import editing
 from .editing import Edit
 from .seeds import item_seeds, noise_stream, token_stream
@@ -143,6 +150,11 @@ class ImageGenerationPipeline(DiffusionPipeline):
         path = resolve_model(name)
         options.setdefault("dtype", torch.float32)
         try:
+            # Diffusers loads classes of modules that are imported already, and imports none itself.
+            known = {**tokenizer_classes(), **generator_classes()}
+            for part in cls.load_config(path).values():
+                if isinstance(part, list | tuple) and len(part) == 2 and part[1] in known:
+                    import_class(known[part[1]])
             pipeline = super().from_pretrained(path, **options)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, InputError):

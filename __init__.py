@@ -14,6 +14,8 @@ _EXPORTS = {
     "TextToImagePipeline": ".pipelines.text_to_image",
     "ClassToImagePipeline": ".pipelines.class_to_image",
     "load_image_pipeline": ".pipelines.auto",
+    "TextToSpeechPipeline": ".pipelines.text_to_speech",
+    "TextToSoundPipeline": ".pipelines.text_to_sound",
     "ReconstructionPipeline": ".pipelines.reconstruction",
     "AutoGenerator": ".generators.auto",
     "AutoTokenizer": ".tokenizers.auto",

@@ -176,6 +176,8 @@ def evaluate(
     voices: Annotated[
         str | None, typer.Option(help="Of a speech pack, e.g. kathleen; commas between.")
     ] = None,
+    sentences: Annotated[int, typer.Option(help="Spoken by a voice, for its failures.")] = 200,
+    minutes: Annotated[float, typer.Option(help="Of a voice's long text; 0 leaves it out.")] = 5.0,
     seeds: Annotated[int, typer.Option(help="Pictures of one name, for diversity.")] = 4,
     repeated: Annotated[int, typer.Option(help="Names drawn with all seeds.")] = 50,
     batch_size: Annotated[int, typer.Option(help="Pictures worked on together.")] = 8,
@@ -187,9 +189,25 @@ def evaluate(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how well a model keeps and draws pictures, or keeps sound."""
+    """Measure how well a model keeps and draws pictures, keeps or makes sound, or speaks."""
     if out is not None:
         check_outputs([out], force)
+    from ..pipelines.loading import pipeline_class
+
+    pipeline = pipeline_class(model)
+    if pipeline == "TextToSpeechPipeline":
+        from ..evaluation.voice import evaluate_voice
+
+        counts = (recordings, sentences, minutes, seed)
+        report = evaluate_voice(model, data or Path("data/speech"), *counts, out=out)
+        _show_report(report, out, as_json)
+        return
+    if pipeline == "TextToSoundPipeline":
+        from ..evaluation.sound import evaluate_sound
+
+        report = evaluate_sound(model, data or Path("data/sounds"), seed=seed, out=out)
+        _show_report(report, out, as_json)
+        return
     from ..tokenizers.auto import tokenizer_class
     from ..tokenizers.base import AudioTokenizer
 

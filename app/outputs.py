@@ -37,14 +37,20 @@ class Outputs:
         Raises:
             OSError: the disk is full or the folder cannot be written.
         """
+        path = self.new_path(record, ".png")
+        save_image(image, path, record if self.metadata else None)
+        return path
+
+    def new_path(self, record: dict[str, Any], suffix: str) -> Path:
+        """A file name of today that is not there yet; its folder is made."""
         now = datetime.now()
         day = self.folder / now.strftime("%Y-%m-%d")
         day.mkdir(parents=True, exist_ok=True)
-        stem = f"{now:%H%M%S}_{slug(record['prompt'])}_{record['seed']}"
-        path, number = day / f"{stem}.png", 2
+        nothing = "picture" if suffix == ".png" else "sound"
+        stem = f"{now:%H%M%S}_{slug(record['prompt'], nothing)}_{record['seed']}"
+        path, number = day / f"{stem}{suffix}", 2
         while path.exists():
-            path, number = day / f"{stem}-{number}.png", number + 1
-        save_image(image, path, record if self.metadata else None)
+            path, number = day / f"{stem}-{number}{suffix}", number + 1
         return path
 
     def names(self, text: str = "") -> list[str]:

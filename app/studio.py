@@ -18,6 +18,7 @@ from ..weights.registry import find_model, list_models, model_info, resolve_mode
 from .faults import explain
 from .jobs import JobQueue
 from .outputs import Outputs
+from .sound_models import SoundModels
 
 if TYPE_CHECKING:
     from ..pipelines.image_generation import ImageGenerationPipeline
@@ -89,6 +90,7 @@ class Studio:
         metadata: whether they carry how they were made.
         shared: strangers use the same server (a Space): everyone sees only what is their own, and
             nothing outlives the server.
+        sounds: the models of sound; default: the shipped ones.
 
     Raises:
         InputError: no model of that name.
@@ -100,8 +102,10 @@ class Studio:
         outputs: Path = Path("outputs"),
         metadata: bool = True,
         shared: bool = False,
+        sounds: SoundModels | None = None,
     ):
         self.model, self.shared, self.metadata = model, shared, metadata
+        self.sounds = sounds or SoundModels()
         self.boot = secrets.token_hex(4)  # Tells a page that it talks to a new server.
         self.source = resolve_model(model)
         self._scratch = tempfile.TemporaryDirectory(prefix="tessera-", ignore_cleanup_errors=True)

@@ -12,7 +12,7 @@ import math
 import random
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean
@@ -235,11 +235,11 @@ def _sphinx_phones(word: str) -> str:
 
 
 def _require(package: str, what: str) -> None:
-    if not _has(package):
+    if not has_package(package):
         raise InputError(f"{what} needs the package {package}: pip install {package}.")
 
 
-def _has(package: str) -> bool:
+def has_package(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
@@ -280,7 +280,7 @@ def evaluate_audio(
         raise InputError(f"recordings must be at least 1, got {recordings}.")
     console = console or Console(stderr=True)
     with nullcontext() if out is None else atomic_path(out) as temporary:
-        dataset = _open_test_split(data, voices)
+        dataset = open_test_split(data, voices)
         label = str(model) if isinstance(model, (str, Path)) else type(model).__name__
         if isinstance(model, (str, Path)):
             from ..tokenizers.auto import AutoTokenizer
@@ -288,20 +288,34 @@ def evaluate_audio(
             model = AutoTokenizer.from_pretrained(model)
         if not isinstance(model, AudioTokenizer):
             raise InputError(f'"{label}" is no audio tokenizer: choose one, such as "mimi".')
+        picked = pick(dataset, recordings, seed)
+        listen = isinstance(dataset, SpeechPack) and has_package("pocketsphinx")
+        listeners = {"free": Recogniser()} if listen else {}
         report = {
             "model": label,
             "data": str(data),
             "software": {"tessera": __version__, "torch": torch.__version__},
             "seed": seed,
-            **_reconstruct(model, dataset, recordings, seed, console),
+            **reconstruct_recordings(model, dataset, picked, listeners, console),
         }
-        console.print(_table(report))
+        report["word_error_rate"] = report["word_error_rate"].get("free")
+        console.print(codec_table(report))
         if temporary is not None:
             temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf8")
     return report
 
 
-def _open_test_split(data: str | Path, voices: Sequence[str] | None) -> AudioTextDataset:
+def pick(dataset: AudioTextDataset, count: int, seed: int) -> list[int]:
+    """At most so many recordings, drawn by the seed."""
+    return random.Random(seed).sample(range(len(dataset)), min(count, len(dataset)))
+
+
+def open_test_split(data: str | Path, voices: Sequence[str] | None) -> AudioTextDataset:
+    """The held-out recordings of a pack, of sentences read several times the last; else all.
+
+    Raises:
+        InputError: none, or voices of what is no speech pack.
+    """
     dataset = open_audio_dataset(data)
     if isinstance(dataset, SpeechPack):
         dataset = SpeechPack(data, voices or PERMISSIVE_VOICES, "test", last_takes=True)
@@ -314,24 +328,32 @@ def _open_test_split(data: str | Path, voices: Sequence[str] | None) -> AudioTex
     return dataset
 
 
-def _reconstruct(
-    tokenizer: AudioTokenizer, dataset: AudioTextDataset, count: int, seed: int, console: Console
+def reconstruct_recordings(
+    tokenizer: AudioTokenizer,
+    dataset: AudioTextDataset,
+    picked: Sequence[int],
+    listeners: Mapping[str, Recogniser],
+    console: Console,
 ) -> dict[str, Any]:
+    """What a codec keeps of some recordings of a dataset; see `evaluate_audio`.
+
+    Args:
+        listeners: ``word_error_rate`` has an entry for each, of recordings and reconstructions.
+    """
     rate = tokenizer.sample_rate
-    picked = random.Random(seed).sample(range(len(dataset)), min(count, len(dataset)))
     metrics = {
         "si_snr": lambda a, b: si_snr(a, b),
         "log_mel": lambda a, b: log_mel_distance(a, b, rate),
     }
-    if _has("pystoi"):
+    if has_package("pystoi"):
         metrics["stoi"] = lambda a, b: stoi(a, b, rate)
-    if _has("pesq"):
+    if has_package("pesq"):
         metrics["pesq"] = lambda a, b: pesq(a, b, rate)
     values: dict[str, list[float]] = {name: [] for name in metrics}
     tokens, seconds, encoding, decoding = [], 0.0, 0.0, 0.0
-    listen = isinstance(dataset, SpeechPack) and _has("pocketsphinx")
-    recogniser = Recogniser() if listen else None
-    heard: dict[str, list[str]] = {"recordings": [], "reconstructions": []}
+    heard: dict[tuple[str, str], list[str]] = {
+        (name, kind): [] for name in listeners for kind in ("recordings", "reconstructions")
+    }
     with Progress(console=console, transient=True) as progress:
         for index in progress.track(picked, description="Reconstructing"):
             audio = read_mono(dataset, index, rate)[None].to(tokenizer.device)
@@ -346,9 +368,9 @@ def _reconstruct(
             audio, decoded = audio.cpu(), decoded.cpu()
             for name, metric in metrics.items():
                 values[name].append(float(metric(decoded, audio)))
-            if recogniser is not None:
-                heard["recordings"].append(recogniser(audio[0], rate))
-                heard["reconstructions"].append(recogniser(decoded[0], rate))
+            for name, listener in listeners.items():
+                heard[name, "recordings"].append(listener(audio[0], rate))
+                heard[name, "reconstructions"].append(listener(decoded[0], rate))
     report: dict[str, Any] = {
         "recordings": len(picked),
         "seconds": round(seconds, 2),
@@ -359,11 +381,11 @@ def _reconstruct(
         **{name: _mean(found) for name, found in values.items()},
         "codebooks": codebook_use(tokens, tokenizer.vocab_size) if tokenizer.vocab_size else None,
         "real_time_factor": {"encode": encoding / seconds, "decode": decoding / seconds},
-        "word_error_rate": None,
+        "word_error_rate": {name: {} for name in listeners},
     }
-    if recogniser is not None:
-        texts = [dataset.text(index) for index in picked]
-        report["word_error_rate"] = {k: word_error_rate(v, texts) for k, v in heard.items()}
+    texts = [dataset.text(index) for index in picked]
+    for (name, kind), words in heard.items():
+        report["word_error_rate"][name][kind] = word_error_rate(words, texts)
     return report
 
 
@@ -373,7 +395,7 @@ def _mean(values: Sequence[float]) -> float | None:
     return fmean(known) if known else None
 
 
-def _table(report: dict[str, Any]) -> Table:
+def codec_table(report: dict[str, Any]) -> Table:
     table = Table(show_header=False)
     table.add_column()
     table.add_column(justify="right")

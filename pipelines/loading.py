@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ def load_folder(
         InputError: nothing of that name, a damaged folder, or one of another kind.
     """
     path = resolve_model(name)
+    _check_kind(kind, path, name)
     options.setdefault("dtype", torch.float32)
     try:
         pipeline = from_pretrained(path, **options)
@@ -49,3 +51,19 @@ def load_folder(
         check_complete(model, f"{name}/{part}")
     pipeline.name = str(name)
     return pipeline
+
+
+def _check_kind(kind: type[DiffusionPipeline], path: str | Path, name: str | Path) -> None:
+    """Refuse a folder of another pipeline: diffusers would fit its parts into this one."""
+    found = pipeline_class(path)
+    if found not in (None, kind.__name__):
+        raise InputError(f'"{name}" holds a {found}, not a {kind.__name__}.')
+
+
+def pipeline_class(name: str | Path) -> str | None:
+    """Class name of the pipeline in a shipped model or a folder; None of anything else."""
+    try:
+        index = Path(resolve_model(name)) / "model_index.json"
+        return json.loads(index.read_text("utf8"))["_class_name"]
+    except (InputError, OSError, ValueError, KeyError, TypeError):
+        return None

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from tessera.app.jobs import Job
 from tessera.app.main import build, serve
+from tessera.app.sound_models import SoundModels
 from tessera.app.studio import Studio
-from tessera.tests.tiny import tiny_pipeline
+from tessera.tests.tiny import tiny_pipeline, tiny_sound, tiny_voice
 
 
 @dataclass
@@ -60,7 +61,11 @@ def held(server: Server) -> None:
 @contextmanager
 def tiny_studio(folder: Path) -> Iterator[Server]:
     """A studio with the model loaded, without a page."""
-    studio = Studio(str(tiny_model(folder / "tiny")), folder / "outputs")
+    for name, make in (("tiny-voice", tiny_voice), ("tiny-sound", tiny_sound)):
+        if not (folder / name).exists():
+            make().save_pretrained(folder / name)
+    sounds = SoundModels(str(folder / "tiny-voice"), str(folder / "tiny-sound"))
+    studio = Studio(str(tiny_model(folder / "tiny")), folder / "outputs", sounds=sounds)
     studio.start()
     server = Server(studio)
     held(server)

@@ -574,7 +574,8 @@ def test_client_gets_one_sentence(client):
 
 def test_only_the_documented_endpoints_are_public(client):
     info = client.view_api(print_info=False, return_format="dict")
-    assert set(info["named_endpoints"]) == {"/image", "/models"} and not info["unnamed_endpoints"]
+    assert set(info["named_endpoints"]) == {"/image", "/models", "/sound", "/speech"}
+    assert not info["unnamed_endpoints"]
     assert "flextok-d12-d12" in client.predict("flextok*", api_name="/models")
 
 

@@ -124,7 +124,7 @@ def test_recogniser(speech):
 
 
 def test_without_the_optional_packages(speech, monkeypatch):
-    monkeypatch.setattr(evaluation, "_has", lambda package: False)
+    monkeypatch.setattr(evaluation, "has_package", lambda package: False)
     audio, rate = speech
     for call, package in (
         (lambda: stoi(audio, audio, rate), "pystoi"),
@@ -158,7 +158,7 @@ def test_evaluate(pack, tmp_path, monkeypatch):
             return "without them" if len(listened) % 2 else ""
 
     monkeypatch.setattr(evaluation, "Recogniser", Deaf)
-    monkeypatch.setattr(evaluation, "_has", lambda package: package == "pocketsphinx")
+    monkeypatch.setattr(evaluation, "has_package", lambda package: package == "pocketsphinx")
     console = Console(file=io.StringIO(), width=100)
     report = evaluate_audio(
         tiny_codec(), pack, recordings=5, out=tmp_path / "report.json", console=console

@@ -1,7 +1,8 @@
 // Keys for the whole page, and the theme switch.
 document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
-    document.querySelector("#create")?.click();
+    const buttons = [...document.querySelectorAll("#create, #speak, #make-sound")];
+    buttons.find((button) => button.offsetParent)?.click();
   } else if (event.key === "Escape" && document.querySelector("#ask[data-busy]")) {
     document.querySelector("#stop")?.click();
   } else if (event.key === "/" && !/INPUT|TEXTAREA/.test(document.activeElement.tagName)) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import html
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from ...pipelines.class_names import find_class
 from ...pipelines.seeds import MAX_SEED, check_seed, random_seed
 from ...weights.registry import find_model
 from ..faults import guarded
+from ..jobs import Job
 from ..picture_job import PictureJob, PictureRequest
 from ..studio import EXAMPLES, Card, Studio
 from .widgets import (
@@ -412,7 +413,7 @@ def image_endpoint(studio: Studio, card: Card) -> None:
         job = PictureJob(studio, secrets.token_hex(16), values[0])
         studio.jobs.submit(job)
         try:
-            async for state in follow(studio, job):
+            async for state in follow(studio, job, api_state):
                 yield state
         finally:
             job.cancel.set()
@@ -420,7 +421,9 @@ def image_endpoint(studio: Studio, card: Card) -> None:
     gr.api(guarded(image), api_name="image", concurrency_limit=None)
 
 
-async def follow(studio: Studio, job: PictureJob) -> AsyncIterator[dict[str, Any]]:
+async def follow(
+    studio: Studio, job: Job, state: Callable[[Studio, Any], dict[str, Any]]
+) -> AsyncIterator[dict[str, Any]]:
     """The states of a job for a program, until it has ended.
 
     Raises:
@@ -431,7 +434,7 @@ async def follow(studio: Studio, job: PictureJob) -> AsyncIterator[dict[str, Any
         pending, version = job.pending, studio.jobs.version
         if version != seen:
             seen = version
-            yield api_state(studio, job)
+            yield state(studio, job)
         if not pending:
             break
         await asyncio.sleep(POLL_SECONDS)

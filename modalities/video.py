@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol
 
@@ -447,6 +448,11 @@ def _open(file: BinaryIO, path: Path | None, name: str, backend: str, stack: Exi
             raise InputError(
                 f"Could not open {name}: it is a picture ({picture.format}), not a video, give a clip."
             )
+        if picture.width * picture.height > image.MAX_PIXELS:
+            raise InputError(
+                f"Could not open {name}: its frames have {picture.width * picture.height:,} pixels, "
+                f"the limit is {image.MAX_PIXELS:,}, make them smaller first."
+            )
         return _AnimationDecoder(picture, name)
     from av.stream import Disposition
 
@@ -681,7 +687,7 @@ def _encode(
             context = stream.codec_context
             context.colorspace = context.color_primaries = context.color_trc = matrix
             context.color_range = 1
-            for picture in _chain(first, pictures):
+            for picture in chain([first], pictures):
                 if picture.size != first.size:
                     raise InputError(
                         f"A clip needs frames of one size, got {first.size} and {picture.size}."
@@ -702,11 +708,6 @@ def _encode(
         raise OSError(
             errno.EIO, f"the video could not be written whole ({error}); is the disk full?"
         ) from error
-
-
-def _chain(first: Image.Image, rest: Iterator[Image.Image]) -> Iterator[Image.Image]:
-    yield first
-    yield from rest
 
 
 def _planes(picture: Image.Image, alpha: bool, odd: bool) -> np.ndarray:

@@ -212,6 +212,13 @@ def test_memory_is_estimated_before_anything_is_read(folder):
         check_memory((3, 2, 100, 100), 1000)
 
 
+def test_animations_of_huge_frames_are_refused_by_their_header(tmp_path, monkeypatch):
+    save_video(moving_edge(3), tmp_path / "a.webp", 10)
+    monkeypatch.setattr("tessera.modalities.image.MAX_PIXELS", 1000)
+    with pytest.raises(InputError, match="its frames have 3,072 pixels, the limit is 1,000"):
+        load_video(tmp_path / "a.webp")
+
+
 def test_bad_files(tmp_path, folder):
     data = (folder / "a.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])

@@ -66,7 +66,7 @@ _LONGEST_CARDINAL = 3 * len(_SCALES)
 
 def digits(text: str) -> str:
     """``"042"`` -> ``"zero four two"``; other characters are left out."""
-    return " ".join(_SMALL[int(c)] for c in text if c.isdigit())
+    return " ".join(_SMALL[int(c)] for c in text if c.isdecimal())
 
 
 def cardinal(number: int | str) -> str:
@@ -307,6 +307,9 @@ _ADDRESS_SIGNS |= {"~": "tilde", "%": "percent", "+": "plus"}
 
 # Characters
 
+_L = "[^\\W\\d_²³¼½¾⅐-⅞]"
+"""A letter, as a regular expression: to it, squares and fractions were letters as well."""
+
 _ASCII = str.maketrans(
     {"ß": "ss", "æ": "ae", "œ": "oe", "ø": "o", "ł": "l", "đ": "d", "ð": "th", "þ": "th", "ı": "i"}
 )
@@ -315,7 +318,7 @@ _ASCII = str.maketrans(
 def ascii_letters(word: str) -> str:
     """``"Crème"`` -> ``"creme"``: lower case, marks dropped, the few other Latin letters spelt out."""
     folded = unicodedata.normalize("NFKD", word.lower().translate(_ASCII))
-    return "".join(c for c in folded if c.isascii())
+    return "".join(c for c in folded if c.isascii() and (c.isalpha() or c in " '"))
 
 
 @cache
@@ -363,7 +366,7 @@ def clean_text(text: str) -> str:
     cleaned = "".join(
         _clean(c) for c in "\n".join(lines) if unicodedata.category(c) not in ("Cf", "Mn", "Me")
     )
-    for match in re.finditer(r"[^\W\d_]+", cleaned):
+    for match in re.finditer(f"{_L}+", cleaned):
         if match[0].isascii():
             continue
         for character in match[0]:
@@ -424,7 +427,6 @@ def _short(sentence: str) -> list[str]:
 # Words
 
 _NUM = r"(?:\d{1,3}(?:,\d{3}){1,8}(?:\.\d{1,30})?(?![\d,])|\d{1,60}(?:\.\d{1,30})?|\.\d{1,30})"
-_L = r"[^\W\d_]"
 _MONTH = "(?:" + "|".join(f"{m.title()}|{m[:3].title()}\\.?" for m in _MONTHS) + r"|Sept\.?)"
 _ANY_UNIT = "|".join(sorted(map(re.escape, _UNITS), key=len, reverse=True))
 _ABBREVIATED = "|".join(sorted(map(re.escape, _ABBREVIATIONS), key=len, reverse=True))
@@ -477,7 +479,7 @@ def _say_address(text: str) -> str:
     text = re.sub(r"^https?://", "", text).rstrip(".,;:!?)/'")
     words = []
     for part in re.findall(r"[A-Za-z]+|\d+|.", text):
-        if part.isdigit():
+        if part.isdecimal():
             words.append(cardinal(part) if len(part) < 4 else digits(part))
         elif part.lower() == "www":
             words.append("w. w. w.")
@@ -556,6 +558,13 @@ def _say_abbreviation(text: str, before: str, after: str) -> str:
     return _ABBREVIATIONS[key]
 
 
+def _letter_name(letter: str) -> str:
+    name = ascii_letters(letter)
+    if not name:
+        return unicodedata.name(letter).split()[-1].lower()  # GREEK SMALL LETTER PI
+    return name if len(name) > 1 else f"{name}."
+
+
 def _say_word(text: str, before: str, after: str, shouting: bool) -> str:
     previous = re.search(r"([\w.]+)\s$", before)
     if previous and _ROMAN.fullmatch(text):
@@ -567,10 +576,8 @@ def _say_word(text: str, before: str, after: str, shouting: bool) -> str:
             return cardinal(_roman(text))
     if not text.isascii() and text in _UNITS:
         return _UNITS[text][1]
-    if not ascii_letters(text):
-        return unicodedata.name(text).split()[-1].lower()  # GREEK SMALL LETTER PI
-    if len(text) == 1:
-        return text.lower() if text in "aAI" else f"{ascii_letters(text)}."
+    if len(text.strip("'")) == 1:
+        return text.lower() if text in ("a", "A", "I") else _letter_name(text.strip("'"))
     capitals = re.fullmatch(r"([A-Z]{2,12})(s|'s)?", text)
     if capitals and not shouting:
         return capitals[1] + (" 's" if capitals[2] else "")
@@ -596,8 +603,8 @@ def _say(match: re.Match[str], sentence: str, shouting: bool) -> str:
     if kind == "month_day" and 1 <= int(fields[1]) <= 31:
         return _date(_month(fields[0]), fields[1], fields[2])
     if kind == "month_day":
-        return (
-            f"{_month(fields[0])} {cardinal(fields[1])} {_number_or_year(fields[2] or '')}".strip()
+        return f"{_month(fields[0])} {cardinal(fields[1])}" + (
+            f" {_number_or_year(fields[2])}" if fields[2] else ""
         )
     if kind == "day_month":
         return "the " * (not before.lower().endswith("the ")) + (
@@ -639,7 +646,7 @@ def _say(match: re.Match[str], sentence: str, shouting: bool) -> str:
     if kind == "abbreviation":
         return _say_abbreviation(text, before, after)
     if kind in ("letters", "initial"):
-        return " ".join(f"{c.lower()}." for c in text if c != ".")
+        return " ".join(_letter_name(c) for c in text if c != ".")
     if kind == "word":
         return _say_word(text, before, after, shouting)
     if kind == "dot":

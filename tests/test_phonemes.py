@@ -122,6 +122,7 @@ def test_numbers():
         ("Crème Straße, π and 5 µm", "creme strasse , pi and five micrometers"),
         ("I ❤️ it 😀!", "i it"),
         ("IT WAS US AND THEM", "it was us and them"),
+        ("ß, ﬁ, x², C½ and May 45", "ss , fi , x. squared , c. one half and may forty five"),
         ("co\u00adop e\u0301t\u00e9 ３", "coop ete three"),
     ],
 )  # fmt: skip
@@ -182,7 +183,8 @@ def test_trees_learn_letters_from_a_dictionary():
     aligned = align(list(words.items()), sample=1)
     assert len(aligned) == len(words)
     assert all("".join(chunks) == words[word] for word, chunks in aligned.items())
-    assert aligned["dox"] == ("D", "O", "KS") and set(aligned["dock"][2:]) == {"K", ""}
+    assert all(len(chunks) == len(word) for word, chunks in aligned.items())
+    assert set(aligned["dock"][2:]) == {"K", ""} and "" not in aligned["dox"]
 
     aligned = {"ace": ("E", "S", ""), "cat": ("K", "A", "T"), "ice": ("I", "S", "")}
     aligned |= {"cab": ("K", "A", "B"), "act": ("A", "K", "T")}

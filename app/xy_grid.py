@@ -122,7 +122,7 @@ class Grid:
         """The cells that are done, each row and column under its value."""
         from PIL import Image, ImageDraw, ImageFont
 
-        size = max(self.pipeline.image_size, 64)
+        size = max(self.pipeline.image_size, 128)
         font = ImageFont.load_default(max(size // 10, 11))
         head, gap = 2 * max(size // 10, 11), 4
         rows = [""] if self.y is None else [f"{self.y.label} {v:g}" for v in self.y.values]

@@ -18,6 +18,7 @@ from tessera.weights.registry import list_models, model_info, resolve_model
 ROOT = Path(tessera.__file__).parent
 CODE = ("app", "benchmarks", "evaluation", "generators", "kernels", "modalities", "pipelines")
 CODE += ("tokenizers", "training", "weights")
+PUBLISHED = list_models(shipped=False)
 
 
 def run(code: str) -> str:
@@ -54,14 +55,13 @@ def test_unknown_public_name():
         _ = tessera.Nothing
 
 
-@pytest.mark.parametrize("name", list_models(shipped=False))
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_published_rows_are_complete(name):
     info = model_info(name)
     assert info.name == name == name.lower() and "/" not in name
     assert info.hub_id.count("/") == 1 and info.files
     assert info.license_code and info.license_weights
     assert info.title and info.paper and info.parameters
-    assert model_info(info.hub_id.upper()).hub_id == info.hub_id
     assert hasattr(converter(info.system), "convert_state_dict")
     kind = info.model_class()
     inspect.signature(kind).bind(**info.config)
@@ -69,6 +69,16 @@ def test_published_rows_are_complete(name):
     assert (notice is not None) == info.non_commercial
     if notice:
         assert info.license_weights in notice
+
+
+@pytest.mark.parametrize("hub_id", sorted({model_info(n).hub_id for n in PUBLISHED}))
+def test_a_hub_id_finds_its_model_or_names_them_all(hub_id):
+    names = [name for name in PUBLISHED if model_info(name).hub_id == hub_id]
+    if len(names) == 1:
+        assert model_info(hub_id.upper()).name == names[0]
+    else:
+        with pytest.raises(InputError, match=f"several models: name one of {', '.join(names)}."):
+            model_info(hub_id.upper())
 
 
 def test_models_are_found_by_pattern_task_and_place():

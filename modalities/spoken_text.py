@@ -665,6 +665,10 @@ def read_sentence(sentence: str) -> list[WrittenWord]:
     """
     shouting = sentence.isupper() and len(re.findall("[A-Z]{2}", sentence)) > 3
     return [
-        WrittenWord(match[0], match.start(), tuple(_say(match, sentence, shouting).split()))
+        WrittenWord(
+            match[0],
+            match.start(),
+            tuple(w for w in _say(match, sentence, shouting).split() if w.strip("'")),
+        )
         for match in _TOKEN.finditer(sentence)
     ]

@@ -110,7 +110,8 @@ class CodecJob(Job):
         row.rate, row.bitrate = codec.sample_rate, codec.bitrate
         row.token_rate, row.codebooks = codec.frame_rate, codec.num_codebooks
         (si_snr,), (speed,) = result.si_snr, result.real_time_factor
-        row.si_snr = round(si_snr, 1) if math.isfinite(si_snr) else None
+        known = self.audio.any() and math.isfinite(si_snr)
+        row.si_snr = round(si_snr, 1) if known else None
         row.encode, row.decode = round(speed["encode"], 3), round(speed["decode"], 3)
         row.approximate = result.approximate[0]
         self._show(row, result.audios[0])

@@ -53,7 +53,7 @@ class LabelClassifier(nn.Module):
             *(
                 layer
                 for a, b in pairwise(widths)
-                for layer in (nn.Conv1d(a, b, 5, 2, 2), nn.BatchNorm1d(b), nn.GELU())
+                for layer in (nn.Conv1d(a, b, 5, 2, 2), nn.GroupNorm(8, b), nn.GELU())
             )
         )
         self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(2 * dim, len(self.labels)))
@@ -80,8 +80,6 @@ def train_classifier(
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
         for _ in range(epochs):
             for rows in torch.randperm(len(mels)).split(BATCH):
-                if len(rows) == 1:  # Batch normalisation needs two.
-                    rows = rows.repeat(2)
                 moved = torch.roll(mels[rows], int(torch.randint(FRAMES // 10, ())), -1)
                 band = int(torch.randint(MELS - 8, ()))
                 moved[:, band : band + 8] = 0

@@ -132,4 +132,6 @@ def _read(source: str | Path | bytes | BinaryIO | tuple[Tensor, int], rate: int)
         raise InputError(
             f"A recording is samples of shape [channels, samples], got {list(samples.shape)}."
         )
+    if not samples.isfinite().all():
+        raise InputError("Some samples of the recording are not finite numbers: clean it first.")
     return resample(to_channels(samples.float(), 1), own_rate, rate)

@@ -153,6 +153,14 @@ def test_pipeline():
         pipeline((audio, 1000), num_tokens=[4])
     with pytest.raises(InputError, match="channels, samples"):
         pipeline((audio[0], 1000))
+    with pytest.raises(InputError, match="channels, samples"):
+        pipeline((audio[:, :0], 1000))
+    with pytest.raises(InputError, match="not finite"):
+        pipeline((torch.full((1, 50), math.nan), 1000))
+    with pytest.raises(InputError, match="sample rate"):
+        pipeline((audio, 10))
+    eight = pipeline((torch.zeros(8, 19_200), 192_000))
+    assert eight.audios[0].shape == (1, 100)
 
 
 def test_long_recordings_go_through_in_pieces():

@@ -277,3 +277,4 @@ def test_recordings_of_all_kinds(workplace, verb):
         assert load_audio("eight-out.wav")[0].shape == (1, 4000)
         assert load_audio("one-out.wav")[0].shape == (1, 1)
         assert "no Tessera settings" in tessera("info", "silence.wav", code=2).stderr
+        assert "not a recording" in tessera("info", "picture.wav", code=2).stderr

@@ -215,7 +215,11 @@ def test_save_and_load(pipeline, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"text": ""}, "nothing to speak"),
         ({"text": "..."}, "nothing to speak"),
+        ({"text": "\N{PARTY POPPER} \N{GRINNING FACE}"}, "nothing to speak"),
+        ({"text": "Привет, мир."}, r"cyrillic capital letter pe\) cannot be spoken"),
+        ({"text": "你好"}, "cannot be spoken"),
         ({"text": "Hi.", "voice": "eve"}, 'no voice "eve": choose from ann, bob'),
         ({"text": "Hi.", "speed": 9.0}, "speed must lie in 0.25 to 4"),
         ({"text": "Hi.", "speed": float("nan")}, "speed must lie in 0.25 to 4"),
@@ -227,6 +231,12 @@ def test_save_and_load(pipeline, tmp_path):
 def test_bad_input(pipeline, settings, message):
     with pytest.raises(InputError, match=message):
         pipeline(**settings)
+
+
+@pytest.mark.parametrize("text", ["It rains. " * 10_000, "word " * 20_000, "a" * 100_000])
+def test_a_hundred_thousand_characters_begin_at_once(pipeline, text):
+    chunks = list(itertools.islice(pipeline.stream(text, seed=0), 2))
+    assert chunks[0].sentences >= 400 and chunks[0].audio.shape[-1] > 0
 
 
 def test_a_codec_that_does_not_fit_is_refused():

@@ -94,8 +94,8 @@ def test_evaluate_voice(voice, speech_pack, tmp_path, monkeypatch):
     assert made[0] is None and sorted(made[1]) == ["He ran.", SENTENCE]
     for rates in report["word_error_rate"].values():
         assert set(rates) == {"recordings", "reconstructions", "generated"}
-        # Of ten words eight are right, and eight that nobody said take the place of two.
-        assert rates["generated"] == pytest.approx(8 / 10)
+        # Of "He ran." one word is heard as another, and six more are heard; all others are right.
+        assert rates["generated"] == pytest.approx(7 / 10)
     sentences = report["sentences"]
     assert sentences["count"] == 3 and sentences["empty"] + sentences["endless"] <= 3
     assert sentences["seconds_a_phone"]["recordings"] > 0
@@ -135,7 +135,7 @@ def test_features_do_not_depend_on_loudness_or_length():
 def test_evaluate_sound(sound_pack, tmp_path):
     console = Console(file=io.StringIO(), width=100)
     report = evaluate_sound(
-        tiny_sound(), sound_pack, 2, epochs=12, out=tmp_path / "sound.json", console=console
+        tiny_sound(), sound_pack, 2, epochs=40, out=tmp_path / "sound.json", console=console
     )
     assert report == json.loads((tmp_path / "sound.json").read_text())
     assert (report["labels"], report["training_sounds"], report["test_sounds"]) == (3, 18, 6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +179,9 @@ def _speech_part(studio: Studio, owner: gr.BrowserState) -> list[Shown]:
         studio.jobs.submit(speech_job(studio, owner, text, voice, float(speed), seed_number(seed)))
         return owner, text
 
-    async def speech(text: str, voice: str = "", speed: float = 1.0, seed: int | None = None):
+    async def speech(
+        text: str, voice: str = "", speed: float = 1.0, seed: int | None = None
+    ) -> dict[str, Any]:
         """Speak a text; yields the state with every piece of sound, at last the file."""
         job = speech_job(studio, secrets.token_hex(16), text, voice, speed, seed)
         async for state in _followed(studio, job):
@@ -226,7 +228,7 @@ def _sound_part(studio: Studio, owner: gr.BrowserState) -> list[Shown]:
 
     async def sound(
         caption: str, seconds: float | None = None, count: int = 1, seed: int | None = None
-    ):
+    ) -> dict[str, Any]:
         """Make sounds of a caption; yields the state after every frame, at last the files."""
         job = sound_job(studio, secrets.token_hex(16), caption, seconds, count, seed)
         async for state in _followed(studio, job):
@@ -271,7 +273,7 @@ def _codec_part(studio: Studio, owner: gr.BrowserState) -> list[Shown]:
     return _connect(studio, "codecs", owner, [go.click], start, inputs, [], jobs, stop)
 
 
-async def _followed(studio: Studio, job: AudioJob):
+async def _followed(studio: Studio, job: AudioJob) -> AsyncIterator[dict[str, Any]]:
     studio.jobs.submit(job)
     try:
         async for state in follow(studio, job, api_state):

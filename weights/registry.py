@@ -21,6 +21,9 @@ from ..modalities.errors import InputError
 
 # Tokenizers of papers that published no weights: only those trained here can be loaded.
 TRAINED_HERE = ("tokenizers.audio.mel:LogMel", "tokenizers.video.phenaki:CViViT")
+# The same of generators of video.
+VIDEO_TRAINED_HERE = ("generators.masked.phenaki:Phenaki", "generators.linear_video.lingen:LinGen")
+VIDEO_TASKS = ("text-to-video", "class-to-video", "frame-prediction")
 
 WEIGHTS = Path(__file__).parent
 SHIPPED = WEIGHTS / "shipped"
@@ -103,6 +106,13 @@ def generator_classes() -> dict[str, str]:
     infos = [info for info in _models().values() if info.task.endswith("-to-image")]
     paths = {info.model for info in infos if info.model.startswith("generators.")}
     return {path.split(":")[1]: path for path in paths}
+
+
+def video_generator_classes() -> dict[str, str]:
+    """Class name -> import path of every generator of video."""
+    infos = [info for info in _models().values() if info.task in VIDEO_TASKS]
+    paths = {info.model for info in infos if info.model.startswith("generators.")}
+    return {path.split(":")[1]: path for path in (*paths, *VIDEO_TRAINED_HERE)}
 
 
 @cache

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...modalities.errors import InputError
+
+if TYPE_CHECKING:
+    from .clip import TextImageCLIP
 
 
 def check_text(features: Tensor, mask: Tensor, dim: int) -> None:
@@ -19,3 +26,13 @@ def check_text(features: Tensor, mask: Tensor, dim: int) -> None:
             f"text_mask must be bool of the shape {list(features.shape[:2])} (True = a word), got "
             f"{str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}."
         )
+
+
+def text_ids(clip: TextImageCLIP, texts: Sequence[str], length: int, pad: int) -> Tensor:
+    """Texts -> ids int64 ``[B, length]`` of a CLIP's own vocabulary, for a generator that embeds them
+    itself; cut, or filled up with ``pad``."""
+    ids = clip.tokenize(texts)
+    # The end token has the highest id, so argmax finds the length.
+    places = torch.arange(ids.shape[1], device=ids.device)
+    ids = torch.where(places <= ids.argmax(-1, keepdim=True), ids, pad)
+    return F.pad(ids, (0, max(0, length - ids.shape[1])), value=pad)[:, :length]

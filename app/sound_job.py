@@ -184,7 +184,6 @@ class SpeechJob(AudioJob):
             "speed": self.speed,
             "rate": self.rate,
             "spoken": self.spoken,
-            "elapsed": round(self.seconds, 2),
             "folder": str(self.studio.scratch / self.id),
             "pieces": self.pieces,
             "words": list(self.words),

@@ -8,6 +8,7 @@ import torch
 
 from tessera.modalities.errors import InputError
 from tessera.modalities.metadata import (
+    MAX_TEXT_CHARACTERS,
     as_parameters,
     decode_tokens,
     dump_record,
@@ -130,7 +131,7 @@ def test_control_characters_never_reach_a_terminal(record):
         {"seed": 1.5},
         {"index": -1},
         {"prompt": 5},
-        {"prompt": "x" * 2001},
+        {"prompt": "x" * (MAX_TEXT_CHARACTERS + 1)},
         {"model": "/etc/passwd"},
         {"model": "../weights"},
         {"model": "a/../../b"},

@@ -67,16 +67,14 @@ class Player {
   }
 }
 
-const plural = (count, unit) => `${count} ${unit}${count === 1 ? "" : "s"}`;
-
 function progressText(job) {
   if (job.stopping) return "Stopping…";
   if (job.state === "queued") return `Waiting: ${job.note}`;
   if (job.state === "failed") return "Failed";
   if (job.state === "running") {
     if (!job.step) return "Starting…";
-    const speed = job.spoken && job.elapsed ? `, ${job.spoken} s of speech` : "";
-    return `${job.unit[0].toUpperCase()}${job.unit.slice(1)} ${job.step} of ${job.total}${speed}`;
+    const spoken = job.spoken ? `, ${job.spoken} s of speech` : "";
+    return `${job.unit[0].toUpperCase()}${job.unit.slice(1)} ${job.step} of ${job.total}${spoken}`;
   }
   const seconds = job.items.reduce((sum, item) => sum + item.seconds, 0);
   if (job.state === "stopped" && !seconds) return "Stopped";

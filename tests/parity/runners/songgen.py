@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from tessera.generators.autoregressive.songgen import (
@@ -12,8 +11,10 @@ from tessera.generators.autoregressive.songgen import (
     sequence_template,
     start_columns,
 )
+from tessera.generators.conditioning.t5 import T5Encoder
 from tessera.tokenizers.audio.patterns import apply_template, delay_template
 from tessera.weights.convert.songgen import convert_state_dict
+from tessera.weights.convert.t5 import convert_state_dict as t5_state_dict
 from tessera.weights.loading import load_strict
 
 VARIANTS = {"mixed_pro": None}
@@ -46,20 +47,11 @@ def build(case):
 
 def condition(case):
     """Text features of the checkpoint's T5, lyrics, and the states of the stub that hears a voice."""
-    transformers = pytest.importorskip("transformers", reason="reads the descriptions")
-    inputs = case.inputs
-    t5 = transformers.T5EncoderModel(
-        transformers.T5Config(
-            **case.config["t5"],
-            feed_forward_proj="gated-gelu",
-            layer_norm_epsilon=1e-6,
-            relative_attention_num_buckets=32,
-            relative_attention_max_distance=128,
-        )
-    ).eval()
-    t5.load_state_dict(case.state("text_encoder."))
-    mask = inputs["attention_mask"]
-    features = t5(input_ids=inputs["input_ids"], attention_mask=mask).last_hidden_state
+    inputs, config = case.inputs, case.config["t5"] | {"feed_forward_proj": "gated-gelu"}
+    t5 = T5Encoder(**config).eval()
+    load_strict(t5, t5_state_dict(case.state("text_encoder."), config))
+    mask = inputs["attention_mask"].bool()
+    features = t5(inputs["input_ids"], mask)
     stub = case.args["mert_stub"]
     rows = (torch.arange(stub[k]).float() for k in ("layers", "frames", "channels"))
     layer, frame, channel = torch.meshgrid(*rows, indexing="ij")
@@ -67,7 +59,7 @@ def condition(case):
     item = torch.arange(len(voice)).float()[:, None, None, None]
     states = torch.cos(0.1 * layer + 0.3 * frame + 0.01 * channel + item)
     lyrics = (inputs["prompt_input_ids"], inputs["prompt_attention_mask"].bool())
-    return features, mask.bool(), *lyrics, states, voice.any(1)
+    return features, mask, *lyrics, states, voice.any(1)
 
 
 def delay_mask(case):

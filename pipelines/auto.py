@@ -1,4 +1,4 @@
-"""One door to every pipeline that makes pictures."""
+"""One door to every pipeline that makes pictures, and one to every that makes video."""
 
 from __future__ import annotations
 
@@ -12,9 +12,17 @@ from ..modalities.errors import InputError
 from ..weights.registry import find_model, generator_classes, import_class, resolve_model
 from .class_to_image import ClassToImagePipeline
 from .image_generation import ImageGenerationPipeline
+from .image_to_video import ImageToVideoPipeline
 from .text_to_image import TextToImagePipeline
+from .text_to_video import ClassToVideoPipeline, TextToVideoPipeline
+from .video_generation import VideoGenerationPipeline, condition_of
 
 PIPELINES = {"text": TextToImagePipeline, "class": ClassToImagePipeline}
+VIDEO_PIPELINES = {
+    "text": TextToVideoPipeline,
+    "class": ClassToVideoPipeline,
+    "frames": ImageToVideoPipeline,
+}
 
 
 def load_image_pipeline(name: str | Path, **options: Any) -> ImageGenerationPipeline:
@@ -27,6 +35,18 @@ def load_image_pipeline(name: str | Path, **options: Any) -> ImageGenerationPipe
         InputError: nothing of that name, or a model that makes no pictures.
     """
     return PIPELINES[_condition(name)].from_pretrained(name, **options)
+
+
+def load_video_pipeline(name: str | Path, **options: Any) -> VideoGenerationPipeline:
+    """The pipeline of a model, whether it draws from a text, from a class or from frames.
+
+    Args:
+        name, options: see `VideoGenerationPipeline.from_pretrained`.
+
+    Raises:
+        InputError: nothing of that name, or a model that makes no video.
+    """
+    return VIDEO_PIPELINES[condition_of(name)].from_pretrained(name, **options)
 
 
 def _condition(name: str | Path) -> str:

@@ -20,6 +20,7 @@ from ..tokenizers.auto import AutoTokenizer
 from ..tokenizers.base import AudioTokenizer, Tokenizer
 from .audio_reconstruction import AudioReconstructionOutput, reconstruct_audio
 from .seeds import noise_stream
+from .video_reconstruction import VideoReconstructionOutput, reconstruct_video
 
 
 @dataclass
@@ -64,10 +65,10 @@ def decode_tokens(
 
 
 class ReconstructionPipeline(DiffusionPipeline):
-    """What a tokenizer keeps of a picture, or a codec of a recording.
+    """What a tokenizer keeps of a picture or a clip, or a codec of a recording.
 
     Args:
-        tokenizer: any tokenizer of pictures or of sound.
+        tokenizer: any tokenizer of pictures, video or sound.
     """
 
     def __init__(self, tokenizer: Tokenizer | AudioTokenizer):
@@ -87,11 +88,11 @@ class ReconstructionPipeline(DiffusionPipeline):
         seed: int = 0,
         num_inference_steps: int | None = None,
         callback: Callable[[int, int], None] | None = None,
-    ) -> ReconstructionOutput | AudioReconstructionOutput:
+    ) -> ReconstructionOutput | AudioReconstructionOutput | VideoReconstructionOutput:
         """Encode once and decode each prefix; an adaptive tokenizer encodes within each budget.
 
-        Of an audio tokenizer ``media`` and ``callback`` are those of `reconstruct_audio`, which
-        answers, and the other arguments have no meaning.
+        Of a tokenizer of sound or video ``media`` and ``callback`` are those of `reconstruct_audio`
+        or `reconstruct_video`, which answers, and the other arguments have no meaning.
 
         Args:
             media: a picture (path, bytes, PIL), a list of them, or a tensor ``[B, 3, S, S]`` in
@@ -105,12 +106,14 @@ class ReconstructionPipeline(DiffusionPipeline):
             InputError: a length that the tokenizer does not have, or no readable picture.
         """
         tokenizer = self.tokenizer
-        if isinstance(tokenizer, AudioTokenizer):
+        sound = isinstance(tokenizer, AudioTokenizer)
+        if sound or tokenizer.num_frames > 1:
             if num_tokens is not None or num_inference_steps is not None:
+                what = "A codec" if sound else "A tokenizer of video"
                 raise InputError(
-                    "A codec has neither num_tokens nor num_inference_steps: leave them out."
+                    f"{what} has neither num_tokens nor num_inference_steps: leave them out."
                 )
-            return reconstruct_audio(tokenizer, media, callback)
+            return (reconstruct_audio if sound else reconstruct_video)(tokenizer, media, callback)
         flexible = tokenizer.ordered or tokenizer.adaptive
         if num_tokens is None:
             powers = [2**i for i in range(tokenizer.num_tokens.bit_length())]

@@ -107,7 +107,9 @@ class AudioJob(Job):
         item.seconds = round(audio.shape[-1] / rate, 2)
         for kind, draw in (("wave", waveform_image), ("spectrum", spectrogram_image)):
             picture = self._scratch() / f"{kind}-{item.seed}.webp"
-            save_image(draw(audio, rate), picture)
+            # Several stand side by side, where a wide picture's labels would be too small.
+            width = 800 if len(self.items) == 1 else 440
+            save_image(draw(audio, rate, width=width), picture)
             setattr(item, kind, str(picture))
         self.touch()
 

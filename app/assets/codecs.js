@@ -13,7 +13,7 @@ function createRow() {
   const spectrum = make("img", "ts-wave");
   const audio = make("audio");
   audio.controls = true;
-  audio.preload = "none";
+  audio.preload = "metadata";
   node.append(name, meta, error, spectrum, audio);
   list.append(node);
   return { node, name, meta, error, spectrum, audio };

@@ -213,7 +213,9 @@ def _sound_part(studio: Studio, owner: gr.BrowserState) -> list[Shown]:
                 label="Seconds",
                 info="0 is as long as such sounds are.",
             )
-            count = gr.Radio(list(range(1, MAX_SOUNDS + 1)), value=1, label="Variants")
+            count = gr.Radio(
+                list(range(1, MAX_SOUNDS + 1)), value=1, label="Variants", elem_id="variants"
+            )
             seed = gr.Textbox(label="Seed of the sound", placeholder="random", max_lines=1)
             with gr.Row(elem_classes="ts-choices"):
                 go = gr.Button("Make", variant="primary", elem_id="make-sound")

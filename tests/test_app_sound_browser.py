@@ -94,7 +94,7 @@ def test_speech_is_heard_before_it_is_finished(page, held):
     assert 0 < early < seconds
     assert float(job.get_attribute("data-scheduled")) <= seconds
     assert float(job.get_attribute("data-scheduled")) > seconds - 0.5
-    expect(job.locator(".ts-words span")).to_have_count(7)
+    expect(job.locator(".ts-words span")).to_have_count(8)
     assert job.locator("img").first.evaluate("image => image.naturalWidth") == 800
     assert "s of sound" in job.locator(".ts-meta").inner_text()
 

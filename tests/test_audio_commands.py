@@ -117,7 +117,7 @@ def test_what_is_refused(workplace):
 
 
 def test_evaluate(workplace, monkeypatch):
-    monkeypatch.setattr(evaluation, "_has", lambda package: False)
+    monkeypatch.setattr(evaluation, "has_package", lambda package: False)
     Path("sounds").mkdir()
     Path("in.wav").rename("sounds/in.wav")
     result = tessera("evaluate", "codec", "--data", "sounds", "-o", "report.json")

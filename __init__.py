@@ -16,6 +16,7 @@ _EXPORTS = {
     "load_image_pipeline": ".pipelines.auto",
     "TextToSpeechPipeline": ".pipelines.text_to_speech",
     "TextToSoundPipeline": ".pipelines.text_to_sound",
+    "TextToSongPipeline": ".pipelines.text_to_song",
     "TextToVideoPipeline": ".pipelines.text_to_video",
     "ClassToVideoPipeline": ".pipelines.text_to_video",
     "ImageToVideoPipeline": ".pipelines.image_to_video",

@@ -35,6 +35,7 @@ from .commands_shared import (
     note,
     print_json,
 )
+from .commands_song import song
 from .commands_tokens import decode, encode, reconstruct
 
 # What an OSError says about the arguments; everything else is the machine's failure.
@@ -116,6 +117,7 @@ cli.add_typer(edit, name="edit")
 cli.command("grid")(grid)
 cli.command("speak")(speak)
 cli.command("sound")(sound)
+cli.command("song")(song)
 
 
 @cli.command()

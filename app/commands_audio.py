@@ -91,7 +91,7 @@ def speak(
     """
     if stream and as_json:
         raise InputError("--stream and --json both write to stdout: leave one of them out.")
-    line = one_line(_text(text, file))
+    line = one_line(read_text(text, file))
     folder = None if stream and out is None else output_folder(out)
     if out is not None and folder is None:
         check_audio_suffix(Path(out))
@@ -108,7 +108,7 @@ def speak(
     seed = random_seed() if seed is None else check_seed(seed)
     path = None if out is None else Path(out)
     if folder is not None:
-        path = _name(folder, out, line, seed)
+        path = sound_path(folder, out, line, seed)
         check_outputs([path] if path.exists() else [], force)
     pipeline = load_voice(model)
     given = dict(zip(SAMPLING, (guidance, temperature, top_k, top_p), strict=True))
@@ -201,7 +201,7 @@ def sound(
             )
         check_outputs(paths, force)
     else:
-        paths = [_name(folder, out, caption, each) for each in seeds]
+        paths = [sound_path(folder, out, caption, each) for each in seeds]
         if out is not None:
             check_folder(folder)
         check_outputs([path for path in paths if path.exists()][:1], force)
@@ -328,6 +328,12 @@ def _sound_again(file: Path, record: dict[str, Any], model: str) -> tuple[Tensor
     return made.sounds[index], made.sample_rate, tokens == record["tokens"]
 
 
+def _song_again(file: Path, record: dict[str, Any], model: str) -> tuple[Tensor, int, bool | None]:
+    from .commands_song import sing_again
+
+    return sing_again(file, record, model)
+
+
 def _decode_again(
     file: Path, record: dict[str, Any], model: str
 ) -> tuple[Tensor, int, bool | None]:
@@ -345,11 +351,12 @@ def _decode_again(
 _AGAIN = {
     "TextToSpeechPipeline": _speak_again,
     "TextToSoundPipeline": _sound_again,
+    "TextToSongPipeline": _song_again,
     "ReconstructionPipeline": _decode_again,
 }
 
 
-def _text(text: str | None, file: Path | None) -> str:
+def read_text(text: str | None, file: Path | None) -> str:
     """What to read out, from the command line, stdin or a file."""
     if (text is None) == (file is None):
         raise InputError('Give a text, for example "The kettle is boiling.", or a --file.')
@@ -371,7 +378,7 @@ def _text(text: str | None, file: Path | None) -> str:
     return text
 
 
-def _name(folder: Path, out: str | None, text: str, seed: int) -> Path:
+def sound_path(folder: Path, out: str | None, text: str, seed: int) -> Path:
     time_of_day = "" if out is not None else datetime.now().strftime("%H%M%S_")
     return folder / f"{time_of_day}{slug(text, 'sound')}_{seed}.wav"
 

@@ -65,7 +65,7 @@ def reconstruct_audio(
 
     sources = media if isinstance(media, list) else [media]
     rate = tokenizer.sample_rate
-    originals = [_read(source, rate) for source in sources]
+    originals = [read_recording(source, rate) for source in sources]
     out = AudioReconstructionOutput(
         audios=[],
         originals=originals,
@@ -123,8 +123,12 @@ def _frame_axis(tokenizer: AudioTokenizer) -> int:
     return 1 if tokenizer.vocab_size is None else 2
 
 
-def _read(source: str | Path | bytes | BinaryIO | tuple[Tensor, int], rate: int) -> Tensor:
-    """``[1, T]`` at ``rate``."""
+def read_recording(source: str | Path | bytes | BinaryIO | tuple[Tensor, int], rate: int) -> Tensor:
+    """A path, bytes, an open file, or ``(samples [C, T], rate)`` -> mono ``[1, T]`` at ``rate``.
+
+    Raises:
+        InputError: no readable recording.
+    """
     if not isinstance(source, tuple):
         return load_audio(source, rate, mono=True)[0]
     samples, own_rate = source

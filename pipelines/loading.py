@@ -48,7 +48,8 @@ def load_folder(
     if not isinstance(pipeline, kind):
         raise InputError(f'"{name}" holds a {type(pipeline).__name__}, not a {kind.__name__}.')
     for part, model in pipeline.components.items():
-        check_complete(model, f"{name}/{part}")
+        if model is not None:
+            check_complete(model, f"{name}/{part}")
     pipeline.name = str(name)
     return pipeline
 

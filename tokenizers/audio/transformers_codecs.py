@@ -42,7 +42,7 @@ def build_codec(config: dict[str, Any], model_type: str) -> nn.Module:
         from transformers import AutoConfig, AutoModel
     except ImportError as error:
         raise InputError(
-            f'The "{model_type}" codec is run by the package transformers, which is not installed: '
+            f'The "{model_type}" network is run by the package transformers, which is not installed: '
             'pip install "transformers==5.23.0".'
         ) from error
     found = config.get("model_type")

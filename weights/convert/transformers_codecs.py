@@ -24,9 +24,23 @@ def convert_state_dict(
     Raises:
         InputError: a missing or unknown name.
     """
-    codec = config["codec_config"]
-    kind = type(build_codec(codec, codec["model_type"]))
-    settings = {key: value for key, value in codec.items() if key != "model_type"}
+    state = convert_network(published, config["codec_config"])
+    return {f"codec.{name}": value for name, value in state.items()}
+
+
+def convert_network(
+    published: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Published names of a network of transformers -> those of `build_codec`'s.
+
+    Args:
+        config: as in its config.json, ``model_type`` among it.
+
+    Raises:
+        InputError: a missing or unknown name.
+    """
+    kind = type(build_codec(config, config["model_type"]))
+    settings = {key: value for key, value in config.items() if key != "model_type"}
     model, report = kind.from_pretrained(
         None,
         config=kind.config_class(**settings),
@@ -37,4 +51,4 @@ def convert_state_dict(
     faults += [f'"{name}" is unknown' for name in sorted(report["unexpected_keys"])]
     if faults:
         raise InputError(f"These weights do not fit {kind.__name__}: {', '.join(faults[-3:])}.")
-    return {f"codec.{name}": value for name, value in fold_weight_norm(model).state_dict().items()}
+    return fold_weight_norm(model).state_dict()

@@ -59,7 +59,10 @@ def sound_pack(tmp_path):
         for number in range(count):
             time = torch.arange(8000) / 16_000
             noise = torch.rand(8000, generator=generator) - 0.5
-            tone = 0.5 * torch.sin(2 * torch.pi * pitch * (1 + 0.02 * (number % 4)) * time) + 0.1 * noise
+            tone = (
+                0.5 * torch.sin(2 * torch.pi * pitch * (1 + 0.02 * (number % 4)) * time)
+                + 0.1 * noise
+            )
             save_audio(tone[None], 16_000, tmp_path / "tone.wav")
             encoded = (tmp_path / "tone.wav").read_bytes()
             rows.append(

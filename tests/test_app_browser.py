@@ -257,6 +257,16 @@ def test_models_are_listed(page):
     expect(row).to_contain_text("not for commercial use")
 
 
+def open_tab(page, name):
+    """Tabs that do not fit lie in a menu behind the last one."""
+    tab = page.get_by_role("tab", name=name, exact=True).first
+    if tab.is_visible():
+        tab.click()
+    else:
+        page.locator(".overflow-menu > button").first.click()
+        page.locator(".overflow-dropdown button", has_text=name).first.click()
+
+
 def test_a_phone_shows_the_result_above_the_settings_without_sideways_scroll(open_page):
     page = open_page(390, 844)
     create(page, "red ring")
@@ -264,6 +274,6 @@ def test_a_phone_shows_the_result_above_the_settings_without_sideways_scroll(ope
     result, settings = page.locator("#results"), page.locator("#settings")
     assert result.bounding_box()["y"] < settings.bounding_box()["y"]
     for tab in ("Picture", "Tokens", "Library", "Models"):
-        page.get_by_role("tab", name=tab).click()
+        open_tab(page, tab)
         time.sleep(0.3)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab

@@ -222,7 +222,7 @@ def tiny_class_pipeline(family: str) -> ClassToImagePipeline:
         generator = {
             "rar": lambda: RAR(**ids, **small, depth=2, mlp_hidden=64, guidance_scale=4.0),
             "maskgit": lambda: MaskGIT(
-                **ids, **small, depth=2, mlp_hidden=64, num_steps=4, temperature=1.0
+                **ids, **small, depth=2, mlp_hidden=64, num_steps=4, temperature=3.0
             ),
             "enat": lambda: ENAT(
                 **ids, **small, encoder_depth=2, decoder_depth=1, mlp_hidden=64, num_steps=4

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from ..modalities.metadata import MAX_TEXT_CHARACTERS, make_record
 from ..modalities.text import printable
 
 if TYPE_CHECKING:
@@ -55,6 +54,8 @@ def speech_record(
             and the setting ``characters`` says how long it was.
         settings: of the pipeline's ``stream``, each with its value.
     """
+    from ..modalities.metadata import MAX_TEXT_CHARACTERS, make_record
+
     kept = {key: value for key, value in settings.items() if value is not None}
     if len(line) > MAX_TEXT_CHARACTERS:
         kept["characters"] = len(line)
@@ -90,6 +91,8 @@ def sound_record(
         count: sounds in the batch; their number decides how matrix products are rounded.
         tokens: of this sound, int64 ``[1, T]``.
     """
+    from ..modalities.metadata import make_record
+
     settings = {key: value for key, value in settings.items() if value is not None}
     return make_record(
         type(pipeline).__name__,

@@ -1,4 +1,4 @@
-"""``tessera encode``, ``decode`` and ``reconstruct``: pictures (and recordings) as tokens."""
+"""``tessera encode``, ``decode`` and ``reconstruct``: pictures (recordings, clips) as tokens."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from .commands_shared import (
     progress_bar,
     token_lengths,
 )
+from .commands_video import DEFAULT_VIDEO, is_clip, reconstruct_clip
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,7 +42,8 @@ TokenizerName = Annotated[
     str | None,
     typer.Option(
         "--tokenizer",
-        help=f"Name or folder; default: {DEFAULT_MODEL}, of recordings {DEFAULT_CODEC}.",
+        help=f"Name or folder; default: {DEFAULT_MODEL}, of recordings {DEFAULT_CODEC}, of clips "
+        f"{DEFAULT_VIDEO}.",
     ),
 ]
 Steps = Annotated[int | None, typer.Option(min=1, max=1000, help="Of the decoder.")]
@@ -174,10 +176,10 @@ def decode(
 
 
 def reconstruct(
-    file: Media,
+    file: Annotated[Path, typer.Argument(help="A picture, a recording or a clip.")],
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", help="Default: FILE_tokens.png or FILE_tokens.wav here."),
+        typer.Option("-o", "--out", help="Default: FILE_tokens.png, .wav or .webp here."),
     ] = None,
     tokenizer_name: TokenizerName = None,
     tokens: Annotated[
@@ -189,11 +191,18 @@ def reconstruct(
     as_json: AsJson = False,
     no_metadata: Metadata = False,
 ) -> None:
-    """Show what is kept of a picture by fewer tokens, or of a recording.
+    """Show what tokens keep of a picture, a recording or a clip.
 
     Of a picture: writes one with the original and each reconstruction, and lists their PSNR. Of a
-    recording: writes it from its tokens, and says their bit rate and how long the work took.
+    recording: writes it from its tokens, and says their bit rate and how long the work took. Of a
+    clip: writes it from its tokens, and says how many they are and the PSNR.
     """
+    if is_clip(file):
+        if tokens is not None or steps is not None:
+            raise InputError("--tokens and --steps are of pictures: leave them out.")
+        out = out or Path(f"{file.stem}_tokens.webp")
+        reconstruct_clip(file, out, tokenizer_name or DEFAULT_VIDEO, force, as_json, no_metadata)
+        return
     if is_audio(file):
         out = out or Path(f"{file.stem}_tokens.wav")
         check_audio_suffix(out)

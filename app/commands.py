@@ -37,6 +37,7 @@ from .commands_shared import (
 )
 from .commands_song import song
 from .commands_tokens import decode, encode, reconstruct
+from .commands_video import interpolate, video
 
 # What an OSError says about the arguments; everything else is the machine's failure.
 _INPUT_ERRORS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
@@ -92,10 +93,11 @@ def about(
     ctx: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
 ) -> None:
-    """Type a sentence, get a picture or a voice: token-based generation on your own machine.
+    """Type a sentence, get a picture, a clip or a voice: token-based generation on your own machine.
 
     \b
     tessera image "a sleepy red fox" -n 4 --seed 7 -o foxes/
+    tessera video "a butterfly flapping" -o butterfly.webp
     tessera speak "The kettle is boiling." -o kettle.wav
     tessera reconstruct cat.png --tokens 1,8,32 -o grid.png
     tessera info foxes/a-sleepy-red-fox_7.png --rerun
@@ -118,6 +120,8 @@ cli.command("grid")(grid)
 cli.command("speak")(speak)
 cli.command("sound")(sound)
 cli.command("song")(song)
+cli.command("video")(video)
+cli.command("interpolate")(interpolate)
 
 
 @cli.command()
@@ -187,11 +191,18 @@ def evaluate(
     lpips_backbone: Annotated[
         Path | None, typer.Option(help="torchvision's AlexNet weights, for LPIPS.")
     ] = None,
+    i3d: Annotated[
+        Path | None, typer.Option(help="I3D as TorchScript, for the distance of clips.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="A JSON file to write.")] = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how well a model keeps and draws pictures, keeps or makes sound, or speaks."""
+    """Measure a model on data of its kind.
+
+    How well it keeps and draws pictures or clips, makes frames between frames, keeps or makes sound,
+    or speaks.
+    """
     if out is not None:
         check_outputs([out], force)
     from ..pipelines.loading import pipeline_class
@@ -210,10 +221,35 @@ def evaluate(
         report = evaluate_sound(model, data or Path("data/sounds"), seed=seed, out=out)
         _show_report(report, out, as_json)
         return
+    from ..pipelines.frame_interpolation import makes_frames_between
     from ..tokenizers.auto import tokenizer_class
-    from ..tokenizers.base import AudioTokenizer
+    from ..tokenizers.base import AudioTokenizer, Tokenizer
 
+    if makes_frames_between(model):
+        from ..evaluation.video import evaluate_interpolation
+
+        clips = data or Path("data/clips")
+        report = evaluate_interpolation(model, clips, lpips_backbone=lpips_backbone, out=out)
+        _show_report(report, out, as_json)
+        return
     kind = tokenizer_class(model)
+    # Tokenizers of pictures have the one frame of the base class.
+    moves = kind is not None and issubclass(kind, Tokenizer) and kind.num_frames != 1
+    if pipeline == "TextToVideoPipeline" or (pipeline is None and moves):
+        from ..evaluation.video import evaluate_video
+
+        report = evaluate_video(
+            model,
+            data or Path("data/animated"),
+            pictures,
+            names,
+            seed,
+            lpips_backbone,
+            i3d,
+            out=out,
+        )
+        _show_report(report, out, as_json)
+        return
     if kind is not None and issubclass(kind, AudioTokenizer):
         from ..evaluation.audio import evaluate_audio
 

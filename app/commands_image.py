@@ -435,6 +435,12 @@ def _rerun(file: Path, record: dict[str, Any], model: str | None) -> dict[str, A
         from .commands_audio import rerun
 
         return rerun(file, record, model)
+    from .commands_video import is_clip
+
+    if is_clip(file):
+        from .commands_video import rerun as rerun_clip
+
+        return rerun_clip(file, record, model)
     if None in (record["prompt"], record["seed"], record["tokens"]):
         raise InputError(
             f'"{file}" has no prompt, seed or tokens in its settings: it cannot be made again.'

@@ -397,6 +397,16 @@ def read_record(path: str | Path) -> dict[str, Any] | None:
     return parse_record(texts["comment"]) if "comment" in texts else None
 
 
+def count_pictures(source: Source) -> int:
+    """Frames of a picture or animation, by its header; 0 of anything else, also of no file at all."""
+    try:
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+            picture = _picture(file)
+            return 0 if picture is None else getattr(picture, "n_frames", 1)
+    except OSError:
+        return 0
+
+
 def _color(background: Color) -> tuple[int, ...]:
     try:
         found = ImageColor.getrgb(background) if isinstance(background, str) else background

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -273,6 +274,20 @@ class FrameInterpolationPipeline(DiffusionPipeline):
 
             save_video(counted(), out, rate, record, overwrite=overwrite)
         return total, rate
+
+
+def makes_frames_between(name: str | Path) -> bool:
+    """Whether `FrameInterpolationPipeline` would load that model, without loading it."""
+    info, folder = find_model(str(name), TASK), Path(name)
+    if info is not None and (info.shipped or not folder.is_dir()):
+        return info.task == TASK
+    if loading.pipeline_class(name) == FrameInterpolationPipeline.__name__:
+        return True
+    try:
+        config = json.loads((folder / "config.json").read_text("utf8"))
+        return config.get("_class_name") in _CLASSES
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def even_frames(reader: VideoReader, frame_rate: float | None = None) -> tuple[np.ndarray, float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..generators.autoregressive.larp_ar import LARPGenerator
 from ..generators.conditioning.clip import TextImageCLIP
 from ..generators.conditioning.t5 import TextT5
-from ..generators.conditioning.text import text_ids
+from ..generators.conditioning.text import text_prefix
 from ..generators.next_block.nbp import NBP, ucf_text
 from ..modalities.errors import InputError
 from ..modalities.text import clean_prompt
@@ -37,10 +37,6 @@ def check_text_tower(generator: VideoGenerator, clip: TextImageCLIP | TextT5 | N
     name = type(generator).__name__
     if clip is None:
         raise InputError(f"{name} reads texts: pass its text tower, clip=.")
-    if isinstance(generator, NBP):
-        if not isinstance(clip, TextImageCLIP):
-            raise InputError(f"{name} embeds the ids of a CLIP, got a {type(clip).__name__}.")
-        return
     if clip.text_dim != generator.config.text_dim:
         raise InputError(
             f"{name} reads text features of width {generator.config.text_dim}, the text tower makes "
@@ -53,8 +49,7 @@ def text_condition(
 ) -> dict[str, Tensor]:
     """Arguments of the generator's ``stream``."""
     if isinstance(generator, NBP):
-        config = generator.config
-        return {"condition": text_ids(clip, texts, config.text_length, config.text_pad)}
+        return {"condition": text_prefix(clip, texts, generator.config.text_length)}
     features, mask = clip.text_features(texts)
     return {"text_features": features, "text_mask": mask}
 

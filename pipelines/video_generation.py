@@ -19,8 +19,16 @@ from torch import Tensor
 
 from ..generators.masked.phenaki import scene_frames
 from ..modalities.errors import InputError
-from ..modalities.image import to_pil
-from ..modalities.video import MAX_BYTES, Source, Video, composite, fit_frames, load_video
+from ..modalities.image import load_image, to_pil, to_tensor
+from ..modalities.video import (
+    MAX_BYTES,
+    Source,
+    Video,
+    composite,
+    count_pictures,
+    fit_frames,
+    load_video,
+)
 from ..tokenizers.auto import AutoTokenizer
 from ..tokenizers.base import Tokenizer
 from ..weights.loading import find_files, licence_notice, load_folder, load_published
@@ -257,8 +265,11 @@ class VideoGenerationPipeline(DiffusionPipeline):
                 f"{type(self.generator).__name__} writes whole clips and cannot go on from frames: "
                 "leave the frames out, or choose another model."
             )
-        frames = self._start(start, len(seeds)) if start is not None else None
-        available = 0 if frames is None else frames.shape[2]
+        frames, available = None, 0
+        if start is not None:
+            frames = self._start(start, len(seeds))
+            available = self.writer.known(frames.shape[2], prime_frames)
+            frames = frames[:, :, -available:]
         if seconds is None:
             wanted = self.default_num_frames if num_frames is None else num_frames
             counts = [wanted - available if keep_start else wanted]
@@ -456,12 +467,10 @@ def read_frames(source: Source | Video | Sequence[Image.Image]) -> Tensor:
     Raises:
         InputError: none of these, or pictures of several sizes.
     """
-    from ..modalities.image import load_image, to_tensor
-
     if isinstance(source, Video):
         return source.frames
     if isinstance(source, str | Path | bytes):
-        if is_still(source):
+        if count_pictures(source) == 1:
             return to_tensor([load_image(source)]).transpose(0, 1)
         return load_video(source).frames
     pictures = [source] if isinstance(source, Image.Image) else list(source)
@@ -470,17 +479,6 @@ def read_frames(source: Source | Video | Sequence[Image.Image]) -> Tensor:
     if len({picture.size for picture in pictures}) > 1:
         raise InputError("The frames to go on from have several sizes: make them one.")
     return to_tensor(pictures).transpose(0, 1)
-
-
-def is_still(source: Source) -> bool:
-    """Whether a file is a picture that does not move; False where it is none that Pillow reads."""
-    import io
-
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
-            return getattr(picture, "n_frames", 1) == 1
-    except Exception:  # Whatever it is, the reader of video says what is wrong with it.
-        return False
 
 
 def item_seeds(seed: int | None, count: int) -> list[int]:
@@ -540,7 +538,8 @@ def condition_of(name: str | Path) -> str:
             config = {}
         if config.get("frame_prediction") or config.get("text_length", 1) == 0:
             return "frames"
-        if config.get("_class_name") == "LARPGenerator":
+        ids = config.get("_class_name") == "NBP" and config.get("text_dim") is None
+        if ids or config.get("_class_name") == "LARPGenerator":
             return "class"
         if config.get("_class_name") in video_generator_classes():
             return "text"

@@ -65,11 +65,11 @@ class VideoWriter(ABC):
         return found
 
     def known(self, available: int, most: int) -> int:
-        """How many of ``available`` frames a clip goes on from, about ``most``."""
+        """How many of ``available`` frames a clip goes on from: at most ``most``, and half of it."""
         if not available:
             return 0
         if self.window is not None:
-            most = min(most, self.window - self.step)
+            most = min(most, self.window // 2)
         return 1 + (max(1, min(most, available)) - 1) // self.step * self.step
 
     def new(self, known: int, left: int) -> int:
@@ -115,13 +115,15 @@ class VideoWriter(ABC):
 class BlockWriter(VideoWriter):
     """NBP: ids in the order of time, so what is there can be seen."""
 
-    conditions = ("text", "class")
+    conditions = ("text",)
 
     def __init__(self, tokenizer: Tokenizer, generator: NBP):
         super().__init__(tokenizer, generator)
         self.window = 1 + self.step * (generator.num_tokens // tokenizer.tokens_per_step - 1)
         if not generator.hybrid:
             self.conditions = ("frames",)
+        elif generator.config.text_dim is None:  # Ids of the names of classes.
+            self.conditions = ("class",)
 
     def num_yields(self, known: int, new: int, settings: dict[str, Any]) -> int:
         per, size = self.tokenizer.tokens_per_step, self.generator.config.block_size
@@ -164,10 +166,11 @@ class BlockWriter(VideoWriter):
         stream = tokenizer.decode_stream(feed())
 
         def decode_new(tokens: Tensor) -> Tensor:
-            for k in range(len(frames), tokens.shape[1] // per):
+            steps = tokens.shape[1] // per
+            for k in range(len(frames), steps):
                 pieces.append(tokens[:, k * per : (k + 1) * per])
                 frames.append(next(stream).clamp(-1, 1))
-            return torch.cat(frames, dim=2) if frames else empty
+            return torch.cat(frames[:steps], dim=2) if steps else empty
 
         return decode_new
 

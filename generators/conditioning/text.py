@@ -28,11 +28,9 @@ def check_text(features: Tensor, mask: Tensor, dim: int) -> None:
         )
 
 
-def text_ids(clip: TextImageCLIP, texts: Sequence[str], length: int, pad: int) -> Tensor:
-    """Texts -> ids int64 ``[B, length]`` of a CLIP's own vocabulary, for a generator that embeds them
-    itself; cut, or filled up with ``pad``."""
-    ids = clip.tokenize(texts)
-    # The end token has the highest id, so argmax finds the length.
-    places = torch.arange(ids.shape[1], device=ids.device)
-    ids = torch.where(places <= ids.argmax(-1, keepdim=True), ids, pad)
-    return F.pad(ids, (0, max(0, length - ids.shape[1])), value=pad)[:, :length]
+@torch.no_grad()
+def text_prefix(clip: TextImageCLIP, texts: Sequence[str], length: int) -> Tensor:
+    """Texts -> features ``[B, length, text_dim]``, cut, or filled up with zeros."""
+    features, mask = clip.text_features(texts)
+    features = (features * mask[..., None])[:, :length]
+    return F.pad(features, (0, 0, 0, length - features.shape[1]))

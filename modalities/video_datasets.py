@@ -363,12 +363,13 @@ def animate(
         poses = [Pose(x, 2 * ((start + u) % 1) - 1, 0.26, 0.26) for x, start in drops]
         canvas = Image.new("RGBA", (side, side))
         for at in poses or [pose(motion, u)]:
-            _draw(canvas, sticker, at)
+            draw_sticker(canvas, sticker, at)
         frames.append(canvas.resize((size, size), Image.Resampling.BOX))
     return frames
 
 
-def _draw(canvas: Image.Image, sticker: Image.Image, at: Pose) -> None:
+def draw_sticker(canvas: Image.Image, sticker: Image.Image, at: Pose) -> None:
+    """Draw an RGBA picture on a square RGBA canvas, in place."""
     side = canvas.width
     width, height = round(abs(at.width) * side), round(at.height * side)
     if not width or not height:

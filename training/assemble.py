@@ -16,9 +16,10 @@ from ..pipelines.class_to_image import ClassToImagePipeline
 from ..pipelines.text_to_image import TextToImagePipeline
 from ..pipelines.text_to_sound import TextToSoundPipeline
 from ..pipelines.text_to_speech import TextToSpeechPipeline
+from ..pipelines.text_to_video import TextToVideoPipeline
 from ..tokenizers.audio.wavtokenizer import WavTokenizer
 from ..tokenizers.auto import AutoTokenizer
-from ..weights.registry import generator_classes, import_class
+from ..weights.registry import generator_classes, import_class, video_generator_classes
 from .checkpoints import replace_folder
 from .generator_tasks import CLASSES, load_clip
 from .tasks import build, load_frozen
@@ -32,8 +33,9 @@ def assemble(recipe: dict[str, Any]) -> Path:
     Args:
         recipe: ``output``, the folders of the three parts, ``dtype`` of the saved weights and
             ``pipeline``, the settings of `TextToImagePipeline`, or of `ClassToImagePipeline` if the
-            generator draws from classes. With ``codec`` in place of tokenizer and clip: those of
-            `TextToSpeechPipeline` or `TextToSoundPipeline`.
+            generator draws from classes, or of `TextToVideoPipeline` if it makes video. With
+            ``codec`` in place of tokenizer and clip: those of `TextToSpeechPipeline` or
+            `TextToSoundPipeline`.
 
     Raises:
         InputError: a part that is missing or does not fit the others, an unknown dtype, or a
@@ -53,7 +55,10 @@ def assemble(recipe: dict[str, Any]) -> Path:
         "tokenizer": AutoTokenizer.from_pretrained(recipe["tokenizer"], dtype=dtype),
         "generator": load_frozen(generator_class(recipe["generator"]), recipe, "generator", dtype),
     }
-    if parts["generator"].condition == "text":
+    if type(parts["generator"]).__name__ in video_generator_classes():
+        kind = TextToVideoPipeline
+        parts["clip"] = load_clip(recipe["clip"], dtype)
+    elif parts["generator"].condition == "text":
         kind = TextToImagePipeline
         parts["clip"] = load_clip(recipe["clip"], dtype)
     else:
@@ -92,6 +97,6 @@ def generator_class(folder: str | Path) -> type:
     """The class that a folder's config.json names; FlexAR where it names none that is known."""
     try:
         name = json.loads((Path(folder) / "config.json").read_text("utf8"))["_class_name"]
-        return import_class(generator_classes()[name])
+        return import_class((generator_classes() | video_generator_classes())[name])
     except (OSError, ValueError, KeyError, TypeError):
         return FlexAR

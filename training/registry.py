@@ -14,6 +14,7 @@ from .tasks import (
     Task,
     TiTokTask,
 )
+from .video_tasks import InterpolationTask, LinGenTask, NBPTask, VideoTokenizerTask
 
 TASKS: dict[str, type[Task]] = {
     "autoencoder": AutoencoderTask,
@@ -28,4 +29,8 @@ TASKS: dict[str, type[Task]] = {
     "sound": SoundTask,
     "sashimi": SaShiMiTask,
     "ardit": ARDiTTask,
+    "video-tokenizer": VideoTokenizerTask,
+    "nbp": NBPTask,
+    "lingen": LinGenTask,
+    "interpolation": InterpolationTask,
 }

@@ -102,6 +102,8 @@ class NBP(ModelMixin, ConfigMixin):
         text_pad: text id that fills up short texts, and alone makes the null text of guidance.
         dropout: of embeddings and both branches of a block, in training.
         text_dropout: how often training replaces the text by the null text.
+        text_dim: width of a text tower's features, which then stand before a clip in place of ids
+            (``text_vocab_size`` 0; see `conditioning.text.text_prefix`). The null text is zeros.
         temperature, top_k, top_p, guidance_scale: of sampling, unless `stream` is told others.
     """
 
@@ -124,6 +126,7 @@ class NBP(ModelMixin, ConfigMixin):
         top_k: int | None = 16000,
         top_p: float = 0.9,
         guidance_scale: float = 1.0,
+        text_dim: int | None = None,
     ):
         super().__init__()
         # First of the joint ids of texts, and of clips.
@@ -131,6 +134,8 @@ class NBP(ModelMixin, ConfigMixin):
         self.first_video = self.first_text + text_vocab_size if text_length else 0
         joint = self.first_video + vocab_size
         self.embedding = nn.Embedding(joint, dim)
+        if text_dim is not None:
+            self.text_proj = Linear(text_dim, dim)
         self.positions = nn.Parameter(torch.zeros(max_positions, dim))
         self.input_dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(depth))
@@ -176,10 +181,17 @@ class NBP(ModelMixin, ConfigMixin):
 
     def start(self, condition: Tensor) -> Tensor:
         """The first positions' joint ids: of text ids ``[B, text_length]`` these and the begin of the
-        video, of a clip's first ids ``[B, k P]`` these."""
+        video (of features that alone), of a clip's first ids ``[B, k P]`` these."""
         if not self.hybrid:
             return condition
+        if self.config.text_dim is not None:
+            return torch.zeros(len(condition), 1, dtype=torch.int64, device=condition.device)
         return F.pad(condition + self.first_text, (0, 1), value=0)
+
+    def null_text(self, condition: Tensor) -> Tensor:
+        """Conditions of the same shape that say nothing."""
+        fill = self.config.text_pad if self.config.text_dim is None else 0
+        return torch.full_like(condition, fill)
 
     def repeat(self, last: Tensor) -> Tensor:
         """The first block again as an input, joint ids ``[B, P]``: z_{P-1}, m_1, ... m_{P-1}."""
@@ -187,8 +199,16 @@ class NBP(ModelMixin, ConfigMixin):
         return torch.cat([last[:, None], middle.expand(len(last), -1)], dim=1)
 
     def check_condition(self, condition: Tensor) -> None:
-        """Raise InputError unless this is text ids ``[B, text_length]``, or whole blocks of ids."""
+        """Raise InputError unless this is text ids ``[B, text_length]``, features of a text ``[B,
+        text_length, text_dim]``, or whole blocks of ids."""
         c = self.config
+        if c.text_dim is not None:
+            if tuple(condition.shape[1:]) != (c.text_length, c.text_dim):
+                raise InputError(
+                    f"The condition of this model is text features [batch, {c.text_length}, "
+                    f"{c.text_dim}], got {list(condition.shape)}."
+                )
+            return
         whole = not condition.dtype.is_floating_point and condition.ndim == 2
         if self.hybrid:
             wanted = f"{c.text_length} text ids"
@@ -203,17 +223,20 @@ class NBP(ModelMixin, ConfigMixin):
             )
         check_ids(condition, c.text_vocab_size if self.hybrid else c.vocab_size)
 
-    def embed(self, ids: Tensor, position: int = 0) -> Tensor:
-        """Joint ids ``[B, T]`` at the positions from ``position`` on -> ``[B, T, D]``."""
-        x = self.embedding(ids) + self.positions[position : position + ids.shape[1]]
-        return self.input_dropout(x)
+    def embed(self, ids: Tensor, position: int = 0, features: Tensor | None = None) -> Tensor:
+        """Joint ids ``[B, T]`` at the positions from ``position`` on, behind a text's features if these
+        are given -> ``[B, T, D]``."""
+        x = self.embedding(ids)
+        if features is not None:
+            x = torch.cat([self.text_proj(features.to(x.dtype)), x], dim=1)
+        return self.input_dropout(x + self.positions[position : position + x.shape[1]])
 
     def logits(self, tokens: Tensor, text: Tensor | None = None) -> Tensor:
         """Teacher-forced logits over the joint vocabulary.
 
         Args:
             tokens: video ids ``[B, L]``, L a multiple of P.
-            text: text ids ``[B, text_length]`` of a hybrid model.
+            text: text ids ``[B, text_length]`` of a hybrid model, or features.
 
         Returns:
             ``[B, L, V]``, entry i of token i; without a text ``[B, L - P, V]``, entry i of token i + P.
@@ -226,7 +249,8 @@ class NBP(ModelMixin, ConfigMixin):
             ids = torch.cat(first, dim=1)
         else:
             ids = ids[:, :-size]
-        x, mask = self.embed(ids), self.mask(ids.shape[1])
+        x = self.embed(ids, features=text if self.config.text_dim is not None else None)
+        mask = self.mask(x.shape[1])
         for block in self.blocks:
             x = block(x, mask)
         return self.head(self.norm(x[:, self.config.text_length :]))
@@ -238,12 +262,13 @@ class NBP(ModelMixin, ConfigMixin):
 
         Args:
             tokens: video ids ``[B, L]``, L a multiple of P.
-            text: text ids ``[B, text_length]`` of a hybrid model; training drops some.
+            text: text ids ``[B, text_length]`` of a hybrid model, or features; training drops some.
             generator: of dropped texts, on the model's device.
         """
         if text is not None and self.training:
-            drawn = torch.rand(len(text), 1, generator=generator, device=text.device)
-            text = text.masked_fill(drawn < self.config.text_dropout, self.config.text_pad)
+            drawn = torch.rand(len(text), generator=generator, device=text.device)
+            drop = (drawn < self.config.text_dropout).view(-1, *[1] * (text.ndim - 1))
+            text = torch.where(drop, self.null_text(text), text)
         logits = self.logits(tokens, text).float()
         target = tokens[:, -logits.shape[1] :] + self.first_video
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
@@ -298,7 +323,7 @@ class NBP(ModelMixin, ConfigMixin):
         """`stream` in ids of the joint vocabulary.
 
         Args:
-            condition: text ids ``[B, text_length]``, or the ids ``[B, k P]`` that a clip begins with,
+            condition: text ids ``[B, text_length]``, text features, or the ids ``[B, k P]`` that a clip begins with,
                 which are not yielded.
             generators: one an item.
             num_tokens: to write; default: of a clip, less those given.
@@ -328,25 +353,28 @@ class NBP(ModelMixin, ConfigMixin):
         check_given(tokens, token_mask, batch, num_tokens, c.vocab_size)
         guided = scale != 1 and self.hybrid
         if guided:  # Conditional rows, then those of the null text.
-            condition = torch.cat([condition, torch.full_like(condition, c.text_pad)])
+            condition = torch.cat([condition, self.null_text(condition)])
 
         inputs = self.start(condition)
-        length = inputs.shape[1] + num_tokens + size
+        features = condition if c.text_dim is not None else None
+        width = inputs.shape[1] + (0 if features is None else c.text_length)
+        length = width + num_tokens + size
         cache = StaticCache(
             c.depth, len(inputs), c.heads, length, c.dim // c.heads, self.dtype, inputs.device
         )
         joint = torch.empty(batch, 0, dtype=torch.int64, device=inputs.device)
-        mask, position = self.mask(inputs.shape[1]), 0
+        mask, position = self.mask(width), 0
         while joint.shape[1] < num_tokens:
             at = joint.shape[1]
             count = 1 if self.hybrid and at < size else size
-            x = self.embed(inputs, position)
+            x = self.embed(inputs, position, features)
+            width = x.shape[1]
             for layer, block in enumerate(self.blocks):
                 x = block(x, mask, cache, layer, position)
             logits = self.head(self.norm(x[:, -count:])).float()
             if guided:
                 logits = guide(*logits.chunk(2), scale)
-            mask, position = None, position + inputs.shape[1]
+            mask, features, position = None, None, position + width
 
             if noise is None:
                 draws = draw("exponential", logits.shape[1:], generators, logits.device)

@@ -11,6 +11,7 @@ needs no more than its last inputs of the piece before. The first frame is a ste
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -66,10 +67,10 @@ class CausalConv3d(nn.Module):
 
 
 class FrameNorm(nn.GroupNorm):
-    """Group normalisation with 32 groups, of each frame by itself."""
+    """Group normalisation of each frame by itself."""
 
-    def __init__(self, channels: int):
-        super().__init__(32, channels, eps=1e-5)
+    def __init__(self, channels: int, groups: int):
+        super().__init__(groups, channels, eps=1e-5)
 
     def forward(self, x: Tensor, past: Past = None) -> Tensor:
         frames = x.transpose(1, 2)
@@ -97,14 +98,14 @@ class Pointwise(nn.Conv3d):
 class ResidualUnit(nn.Module):
     """Twice norm, Swish, convolution, beside a skip."""
 
-    def __init__(self, channels: int, out_channels: int):
+    def __init__(self, channels: int, out_channels: int, groups: int):
         super().__init__()
         self.layers = nn.ModuleList(
             [
-                FrameNorm(channels),
+                FrameNorm(channels, groups),
                 Swish(channels),
                 CausalConv3d(channels, out_channels),
-                FrameNorm(out_channels),
+                FrameNorm(out_channels, groups),
                 Swish(out_channels),
                 CausalConv3d(out_channels, out_channels),
             ]
@@ -121,17 +122,30 @@ class ResidualUnit(nn.Module):
 class DepthToSpace(nn.Module):
     """Channels -> (frames, rows, columns); doubling time, the first frame stays one."""
 
-    def __init__(self, time: int):
+    def __init__(self, time: int, space: int = 2):
         super().__init__()
-        self.time = time
+        self.time, self.space = time, space
 
     def forward(self, x: Tensor, past: Past = None) -> Tensor:
-        x = x.unflatten(1, (self.time, 2, 2, -1)).permute(0, 4, 5, 1, 6, 2, 7, 3)
+        x = x.unflatten(1, (self.time, self.space, self.space, -1))
+        x = x.permute(0, 4, 5, 1, 6, 2, 7, 3)
         x = x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
         first = past is None or self not in past
         if past is not None:
             past[self] = x[:, :, :0]
         return x[:, :, self.time - 1 :] if first else x
+
+
+class SpaceToDepth(nn.Module):
+    """Squares of pixels -> channels, of each frame."""
+
+    def __init__(self, space: int):
+        super().__init__()
+        self.space = space
+
+    def forward(self, x: Tensor, past: Past = None) -> Tensor:
+        x = x.unflatten(4, (-1, self.space)).unflatten(3, (-1, self.space))
+        return x.permute(0, 4, 6, 1, 2, 3, 5).flatten(1, 3)
 
 
 class TanFSQ(FSQ):
@@ -150,15 +164,23 @@ class NBPTokenizer(Tokenizer, ModelMixin, ConfigMixin):
 
     Args:
         image_size, num_frames: of the clips of training; any number 1 + 4 k of frames is coded.
-        channels: widths at the three finer and the two coarser resolutions, multiples of 32.
+        channels: widths at the finest, the two middle and the coarsest resolution, multiples of
+            ``norm_groups``.
         num_blocks: residual units of a resolution; the coarsest has twice as many.
         fsq_levels: of the quantizer.
+        patch_size: side of the squares of pixels that the first layer reads at once; with strides to
+            match it saves the work at full resolution.
+        strides: in time and space, of the three layers that shrink a clip.
+        norm_groups: of channels. One channel a group would lose the colour of flat areas.
+        end_norms: whether encoder and decoder end with norm and Swish before their last layer; without
+            them the brightness of a frame passes as it is.
+        latent_mean, latent_std: of each dimension of the codes before they are rounded. With them the
+            tokens are these, continuous ``[B, t h w, levels]`` of mean 0 and variance 1, for
+            generators that draw no ids; the weights are the same.
     """
 
     ordered = False
     causal = True
-    temporal_patch_size = 4
-    spatial_patch_size = 8
     _keep_in_fp32_modules: ClassVar[list[str]] = ["quantizer"]
     _supports_gradient_checkpointing = False
 
@@ -170,31 +192,51 @@ class NBPTokenizer(Tokenizer, ModelMixin, ConfigMixin):
         channels: Sequence[int] = (128, 256, 512),
         num_blocks: int = 4,
         fsq_levels: Sequence[int] = (8, 8, 8, 5, 5, 5),
+        patch_size: int = 1,
+        strides: Sequence[tuple[int, int]] = ((1, 2), (2, 2), (2, 2)),
+        norm_groups: int = 32,
+        end_norms: bool = True,
+        latent_mean: Sequence[float] | None = None,
+        latent_std: Sequence[float] | None = None,
     ):
         super().__init__()
         if image_size % self.spatial_patch_size or (num_frames - 1) % self.temporal_patch_size:
             raise InputError(
-                f"Clips have 1 + 4 k frames with sides that are multiples of 8, got {num_frames} of "
-                f"{image_size} pixels."
+                f"Clips have 1 + {self.temporal_patch_size} k frames with sides that are multiples "
+                f"of {self.spatial_patch_size}, got {num_frames} of {image_size} pixels."
             )
         fine, middle, coarse = channels
+        first, second, third = (tuple(stride) for stride in strides)
         self.quantizer = TanFSQ(fsq_levels)
+        if latent_std is not None:
+            self.register_buffer("mean", torch.tensor(latent_mean).float(), persistent=False)
+            self.register_buffer("std", torch.tensor(latent_std).float(), persistent=False)
+        pixels = 3 * patch_size**2
 
         def units(width: int, out_width: int, count: int) -> list[nn.Module]:
-            return [ResidualUnit(width if i == 0 else out_width, out_width) for i in range(count)]
+            widths = [width] + [out_width] * count
+            return [ResidualUnit(widths[i], out_width, norm_groups) for i in range(count)]
 
+        def grow(width: int, stride: tuple[int, int]) -> list[nn.Module]:
+            time, space = stride
+            return [CausalConv3d(width, time * space**2 * width), DepthToSpace(time, space)]
+
+        def end(width: int) -> list[nn.Module]:
+            return [FrameNorm(width, norm_groups), Swish(width)] if end_norms else []
+
+        patches = patch_size > 1
         self.encoder = nn.ModuleList(
             [
-                CausalConv3d(3, fine),
+                *([SpaceToDepth(patch_size)] if patches else []),
+                CausalConv3d(pixels, fine),
                 *units(fine, fine, num_blocks),
-                CausalConv3d(fine, fine, stride=(1, 2)),
+                CausalConv3d(fine, fine, stride=first),
                 *units(fine, middle, num_blocks),
-                CausalConv3d(middle, middle, stride=(2, 2)),
+                CausalConv3d(middle, middle, stride=second),
                 *units(middle, middle, num_blocks),
-                CausalConv3d(middle, middle, stride=(2, 2)),
+                CausalConv3d(middle, middle, stride=third),
                 *units(middle, coarse, 2 * num_blocks),
-                FrameNorm(coarse),
-                Swish(coarse),
+                *end(coarse),
                 Pointwise(coarse, self.quantizer.dim, 1),
             ]
         )
@@ -202,20 +244,35 @@ class NBPTokenizer(Tokenizer, ModelMixin, ConfigMixin):
             [
                 CausalConv3d(self.quantizer.dim, coarse),
                 *units(coarse, coarse, 2 * num_blocks),
-                CausalConv3d(coarse, 8 * coarse),
-                DepthToSpace(2),
+                *grow(coarse, third),
                 *units(coarse, middle, num_blocks),
-                CausalConv3d(middle, 8 * middle),
-                DepthToSpace(2),
+                *grow(middle, second),
                 *units(middle, middle, num_blocks),
-                CausalConv3d(middle, 4 * middle),
-                DepthToSpace(1),
+                *grow(middle, first),
                 *units(middle, fine, num_blocks),
-                FrameNorm(fine),
-                Swish(fine),
-                CausalConv3d(fine, 3),
+                *end(fine),
+                CausalConv3d(fine, pixels),
+                *([DepthToSpace(1, patch_size)] if patches else []),
             ]
         )
+
+    def init_weights(self) -> None:
+        """Kaiming normal; residual units begin as their skips, so that signals and gradients pass."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv3d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, ResidualUnit):
+                nn.init.zeros_(module.layers[-1].conv.weight)
+
+    @property
+    def temporal_patch_size(self) -> int:
+        return prod(time for time, _ in self.config.strides)
+
+    @property
+    def spatial_patch_size(self) -> int:
+        return self.config.patch_size * prod(space for _, space in self.config.strides)
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -229,8 +286,12 @@ class NBPTokenizer(Tokenizer, ModelMixin, ConfigMixin):
         return steps * rows * columns
 
     @property
-    def vocab_size(self) -> int:
-        return self.quantizer.vocab_size
+    def vocab_size(self) -> int | None:
+        return self.quantizer.vocab_size if self.latent_dim is None else None
+
+    @property
+    def latent_dim(self) -> int | None:
+        return None if self.config.latent_std is None else self.quantizer.dim
 
     @property
     def image_size(self) -> int:
@@ -263,9 +324,14 @@ class NBPTokenizer(Tokenizer, ModelMixin, ConfigMixin):
             x = layer(x, past)
         return x * 2 - 1
 
+    def unrounded(self, latents: Tensor) -> Tensor:
+        """What `encode_latents` gives -> codes before rounding, float32, as `decode_codes` reads them."""
+        return self.quantizer.bound(latents.float()) / (self.quantizer.sizes // 2)
+
     @torch.no_grad()
     def encode(self, video: Tensor, steps: int = 1) -> Tensor:
-        """Clips ``[B, 3, 1 + 4 k, image_size, image_size]`` in [-1, 1] -> ids int64 ``[B, (1 + k) h w]``.
+        """Clips ``[B, 3, 1 + 4 k, image_size, image_size]`` in [-1, 1] -> ids int64 ``[B, (1 + k) h w]``
+        (or latents).
 
         Args:
             steps: latent frames coded at a time; fewer take less memory, the ids are the same.
@@ -280,7 +346,12 @@ class NBPTokenizer(Tokenizer, ModelMixin, ConfigMixin):
         ``[B, k h w]`` of each, as `encode` gives; memory does not grow with the clip."""
         past: Past = {}
         for piece in pieces:
-            yield self.quantizer(self.encode_latents(piece, past))[1].flatten(1)
+            latents = self.encode_latents(piece, past)
+            if self.latent_dim is None:
+                yield self.quantizer(latents)[1].flatten(1)
+            else:
+                latents = (self.unrounded(latents) - self.mean) / self.std
+                yield latents.flatten(1, 3)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, steps: int = 1) -> Tensor:
@@ -303,8 +374,27 @@ class NBPTokenizer(Tokenizer, ModelMixin, ConfigMixin):
         past: Past = {}
         for piece in pieces:
             self.check_tokens(piece)
-            codes = self.quantizer.ids_to_codes(piece.unflatten(1, (-1, *self.grid[1:])))
+            grid = piece.unflatten(1, (-1, *self.grid[1:]))
+            if self.latent_dim is None:
+                codes = self.quantizer.ids_to_codes(grid)
+            else:
+                codes = grid.float() * self.std + self.mean
             yield self.decode_codes(codes, past)
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise InputError unless these are the tokens of whole steps."""
+        if self.latent_dim is None:
+            super().check_tokens(tokens)
+        elif (
+            tokens.ndim != 3
+            or tokens.shape[2] != self.latent_dim
+            or not tokens.shape[1]
+            or tokens.shape[1] % self.tokens_per_step
+        ):
+            raise InputError(
+                f"This tokenizer decodes latents of shape [batch, k {self.tokens_per_step}, "
+                f"{self.latent_dim}], got {list(tokens.shape)}."
+            )
 
     def forward(self, video: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Reconstruct, for training.
@@ -319,7 +409,7 @@ class NBPTokenizer(Tokenizer, ModelMixin, ConfigMixin):
         """
         self.check_video(video)
         codes, ids = self.quantizer(self.encode_latents(video))
-        used = ids.unique().numel() / min(self.vocab_size, ids.numel())
+        used = ids.unique().numel() / min(self.quantizer.vocab_size, ids.numel())
         return self.decode_codes(codes), codes.new_zeros(()), {"distinct_ids": torch.tensor(used)}
 
 

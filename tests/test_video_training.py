@@ -1,0 +1,190 @@
+"""From a small animated pack and a small sticker pack to a pipeline: tokenizer, generators, interpolation."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+
+from tessera.generators.linear_video.vfimamba import VFIMamba
+from tessera.modalities.datasets import StickerPack
+from tessera.modalities.errors import InputError
+from tessera.modalities.video import save_video
+from tessera.modalities.video_datasets import ProceduralAnimations
+from tessera.pipelines.text_to_video import TextToVideoPipeline
+from tessera.tests.tiny import tiny_clip, tiny_pack
+from tessera.tokenizers.video.nbp import NBPTokenizer
+from tessera.training.config import load_recipe
+from tessera.training.trainer import train
+from tessera.training.video_tasks import Animations, augment, to_uint8
+from tessera.training.video_warm_start import local_components
+
+SMALL = {
+    "training.steps": 3,
+    "training.batch_size": 2,
+    "training.log_every": 1,
+    "training.warmup": 1,
+    "training.save_every": 3,
+    "training.sample_every": 3,
+    "training.precision": "fp32",
+}
+TOKENIZER = {
+    "model.image_size": 16,
+    "model.num_frames": 5,
+    "model.channels": "[16, 16, 16]",
+    "model.fsq_levels": "[5, 3]",
+}
+GENERATOR = {
+    "data.real_share": 0.5,
+    "data.cached": "{clips: 5, stills: 4}",
+    "model.dim": 32,
+    "model.depth": 1,
+    "prompts": "[red circle spinning]",
+}
+NBP = {"model.heads": 2, "model.block_size": 2, "model.text_length": 8, "model.max_positions": 32}
+STAGES = (
+    "[{steps: 2, frames: 1, size: 2, image_share: 1.0}, {steps: 9, frames: 2, size: 2, "
+    "image_share: 0.0}]"
+)
+LINGEN = {
+    "model.head_dim": 16,
+    "model.d_state": 8,
+    "model.window": "[2, 2, 2]",
+    "model.num_steps": 2,
+    "stages": STAGES,
+}
+
+
+def recipe(name, output, **settings):
+    return load_recipe(name, [f"{k}={v}" for k, v in {"output": output, **settings}.items()])
+
+
+def losses(run):
+    rows = [json.loads(row) for row in (run / "log.jsonl").read_text().splitlines()]
+    return [row["step"] for row in rows], [row["loss"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Every recipe of animated stickers, a few steps long, at a tiny size."""
+    root = tmp_path_factory.mktemp("video")
+    tiny_pack(root / "stickers")
+    animated = root / "animated"
+    animated.mkdir()
+    stickers = StickerPack(root / "stickers")
+    moving = ProceduralAnimations(stickers, ["spinning", "pulsing"], num_frames=6, size=32)
+    data, rows = b"", []
+    for i in range(4):
+        save_video(moving.clip(i).frames, root / "a.webp", 8)
+        encoded = (root / "a.webp").read_bytes()
+        row = {"id": str(i), "kind": "real", "name": moving.name(i), "frames": 6, "file": "a.bin"}
+        row |= {"split": "train", "offset": len(data), "length": len(encoded)}
+        rows.append(row)
+        data += encoded
+    held = rows[0] | {"kind": "procedural", "split": "val", "name": "red circle"}
+    rows.append(held | {"motion": "spinning"})
+    (animated / "a.bin").write_bytes(data)
+    (animated / "animated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tiny_clip().save_pretrained(root / "clip")
+    packs = {"data.root": animated, "data.stickers": root / "stickers", "data.options": "{}"}
+    train(recipe("animated-tokenizer", root / "tokenizer", **TOKENIZER, **packs, **SMALL))
+    parts = {"tokenizer": root / "tokenizer" / "model", "clip": root / "clip", **packs, **SMALL}
+    train(recipe("animated-generator", root / "generator", **GENERATOR, **NBP, **parts))
+    train(recipe("animated-lingen", root / "lingen", **GENERATOR, **LINGEN, **parts))
+    small = {"data.size": 32, "model.dim": 4, **packs, **SMALL}
+    train(recipe("animated-interpolation", root / "interpolation", **small))
+    return root
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "generator", "lingen", "interpolation"])
+def test_every_recipe_trains_and_shows_samples(runs, name):
+    steps, found = losses(runs / name)
+    assert steps == [1, 2, 3] and all(loss > 0 for loss in found)
+    assert (runs / name / "samples" / "000003.png").is_file()
+
+
+def test_a_run_goes_on_from_its_checkpoint_and_from_its_tokens(runs):
+    parts = {"tokenizer": runs / "tokenizer" / "model", "clip": runs / "clip"}
+    packs = {"data.root": runs / "animated", "data.stickers": runs / "stickers"}
+    settings = {**GENERATOR, **NBP, **parts, **packs, "data.options": "{}", **SMALL}
+    files = sorted((runs / "generator" / "tokens").glob("*.safetensors"))
+    assert [file.name for file in files] == ["clips-00000.safetensors", "stills-00000.safetensors"]
+    written = [file.stat().st_mtime_ns for file in files]
+    settings["training.steps"] = 4
+    train(recipe("animated-generator", runs / "generator", **settings), resume=True)
+    assert losses(runs / "generator")[0] == [1, 2, 3, 4]
+    assert [file.stat().st_mtime_ns for file in files] == written
+
+
+def test_the_parts_make_clips(runs, tmp_path):
+    parts = {"clip": runs / "clip", "dtype": "fp32", "pipeline.num_frames": 5}
+    parts |= {
+        "generator": runs / "generator" / "model",
+        "tokenizer": runs / "tokenizer" / "model",
+    }
+    train(recipe("animated-sticker", tmp_path / "blocks", **parts))
+    pipeline = TextToVideoPipeline.from_pretrained(tmp_path / "blocks")
+    frames = pipeline("a red circle", seed=1, output_type="pt").frames
+    assert frames.shape == (1, 3, 5, 16, 16) and bool(frames.isfinite().all())
+    parts["generator"] = runs / "lingen" / "model"
+    parts["tokenizer"] = runs / "lingen" / "model" / "tokenizer"
+    train(recipe("animated-sticker", tmp_path / "flow", **parts))
+    pipeline = TextToVideoPipeline.from_pretrained(tmp_path / "flow")
+    assert pipeline("a red circle", seed=1, output_type="pt").frames.shape == (1, 3, 5, 16, 16)
+
+
+def test_a_trained_interpolation_loads(runs):
+    model = VFIMamba.from_pretrained(runs / "interpolation" / "model")
+    frame = torch.zeros(1, 3, 20, 36)
+    assert model.interpolate(frame, frame).shape == frame.shape
+
+
+def test_held_out_pairs_are_never_drawn(runs):
+    data = {"root": runs / "animated", "stickers": runs / "stickers", "options": {}, "captions": {}}
+    animations = Animations({**data, "real_share": 0.5}, 5, 16)
+    stickers = animations.stickers
+    pairs = {(stickers.name(i), motion) for i, motion in animations.procedural.pairs}
+    assert ("red circle", "spinning") not in pairs and ("red circle", "pulsing") in pairs
+    assert "black ring" not in {name for name, _ in pairs}
+
+
+def test_augmented_clips_keep_their_frames():
+    clip = torch.randint(0, 255, (3, 5, 16, 16), dtype=torch.uint8)
+    moved = augment(clip, random.Random(0))
+    assert moved.shape == clip.shape and not torch.equal(moved, clip)
+    means = [sorted(x.float()[:, :, 1:-1, 1:-1].mean((0, 2, 3)).tolist()) for x in (clip, moved)]
+    assert means[0] == pytest.approx(means[1], rel=0.1)
+
+
+def test_components_start_close_to_the_clips(runs):
+    stickers = StickerPack(runs / "stickers")
+    moving = ProceduralAnimations(stickers, num_frames=5, size=32)
+    videos = torch.stack([to_uint8(moving.clip(i).frames) for i in range(0, 400, 13)])
+    videos = videos.float() / 127.5 - 1
+    errors = []
+    for start in (lambda *_: None, local_components):
+        torch.manual_seed(0)
+        tokenizer = NBPTokenizer(
+            32,
+            5,
+            (16, 32, 32),
+            1,
+            (8, 8, 8, 8),
+            patch_size=4,
+            strides=((1, 1), (2, 2), (2, 1)),
+            norm_groups=8,
+            end_norms=False,
+        )
+        tokenizer.init_weights()
+        start(tokenizer, videos)
+        errors.append(float((tokenizer(videos)[0] - videos).detach().square().mean()))
+    flat = float((videos - videos.mean()).square().mean())
+    assert errors[1] < 0.6 * flat and errors[1] < errors[0] / 2
+
+
+def test_unknown_start(runs, tmp_path):
+    packs = {"data.root": runs / "animated", "data.stickers": runs / "stickers"}
+    with pytest.raises(InputError, match='Unknown start "magic"'):
+        train(recipe("animated-tokenizer", tmp_path, start="magic", **packs, **TOKENIZER, **SMALL))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
-from torch import Tensor, nn
+from torch import nn
 
 from tessera.generators.autoregressive.larp_ar import LARPGenerator
 from tessera.generators.conditioning.clip import TextImageCLIP
@@ -17,7 +15,6 @@ from tessera.pipelines.frame_interpolation import FrameInterpolationPipeline
 from tessera.pipelines.image_to_video import ImageToVideoPipeline
 from tessera.pipelines.text_to_video import ClassToVideoPipeline, TextToVideoPipeline
 from tessera.tests.tiny import tiny_clip
-from tessera.tokenizers.base import Tokenizer
 from tessera.tokenizers.video.larp import LARP
 from tessera.tokenizers.video.nbp import NBPTokenizer
 from tessera.tokenizers.video.phenaki import CViViT
@@ -81,35 +78,22 @@ def tiny_masked_pipeline(clip: TextImageCLIP | None = None) -> TextToVideoPipeli
     return TextToVideoPipeline(tokenizer.eval(), _random(generator, 0.2), clip)
 
 
-class TinyLatents(ModelMixin, ConfigMixin, Tokenizer):
-    """Means over 2 frames (the first is alone) and 4x4 pixels as latents of width 3."""
-
-    vocab_size, latent_dim, ordered, causal = None, 3, False, True
-    image_size, num_frames, temporal_patch_size, num_tokens = 16, 5, 2, 48
-
-    @register_to_config
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-
-    def encode(self, media: Tensor) -> Tensor:
-        self.check_video(media)
-        video = torch.cat([media[:, :, :1], media], dim=2) * self.scale
-        return nn.functional.avg_pool3d(video, (2, 4, 4)).flatten(2).mT
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        x = tokens.mT.unflatten(2, (-1, 4, 4)) / self.scale
-        for axis, count in ((2, 2), (3, 4), (4, 4)):
-            x = x.repeat_interleave(count, axis)
-        return x[:, :, 1:]
-
-
 def tiny_flow_pipeline() -> TextToVideoPipeline:
-    """Text to clips of any length by LinGen."""
+    """Text to clips of any length by LinGen, over the codes of the causal tokenizer."""
     clip = tiny_clip()
     torch.manual_seed(0)
+    tokenizer = NBPTokenizer(
+        16,
+        9,
+        (32, 32, 32),
+        num_blocks=1,
+        fsq_levels=(8, 8, 8),
+        latent_mean=(0.0, 0.1, 0.0),
+        latent_std=(1.0, 1.0, 0.5),
+    ).eval()
     generator = LinGen(
         latent_channels=3,
+        patch_size=1,
         dim=32,
         depth=1,
         head_dim=16,
@@ -124,7 +108,7 @@ def tiny_flow_pipeline() -> TextToVideoPipeline:
     for parameter in generator.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)
-    return TextToVideoPipeline(TinyLatents(), generator.eval(), clip)
+    return TextToVideoPipeline(tokenizer, generator.eval(), clip)
 
 
 def tiny_class_video(frame_prediction: bool = False) -> ClassToVideoPipeline | ImageToVideoPipeline:

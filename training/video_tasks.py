@@ -37,7 +37,7 @@ from .video_warm_start import local_components
 
 # Clips that the tokens are cached of at a time.
 PART = 64
-START_CLIPS = 48
+START_CLIPS = 24
 BOX = Image.Resampling.BOX
 
 
@@ -258,7 +258,7 @@ class CachedTokens:
         device = self.tokenizer.device
         tokens = [
             self.tokenizer.encode(from_uint8(some).to(device)).cpu()
-            for some in torch.stack(videos).split(16)
+            for some in torch.stack(videos).split(8)
         ]
         return {"tokens": torch.cat(tokens), "items": torch.tensor(items)}
 

@@ -8,7 +8,9 @@ import random
 import pytest
 import torch
 
+from tessera.generators.conditioning.text import text_prefix
 from tessera.generators.linear_video.vfimamba import VFIMamba
+from tessera.generators.next_block.nbp import NBP as BlockModel
 from tessera.modalities.datasets import StickerPack
 from tessera.modalities.errors import InputError
 from tessera.modalities.video import save_video
@@ -188,3 +190,24 @@ def test_unknown_start(runs, tmp_path):
     packs = {"data.root": runs / "animated", "data.stickers": runs / "stickers"}
     with pytest.raises(InputError, match='Unknown start "magic"'):
         train(recipe("animated-tokenizer", tmp_path, start="magic", **packs, **TOKENIZER, **SMALL))
+
+
+def test_a_text_s_features_stand_before_the_clip():
+    torch.manual_seed(0)
+    model = BlockModel(
+        11, 8, 2, 0, 3, 16, dim=16, depth=2, heads=2, top_k=None, top_p=1.0, text_dim=5
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    model.eval()
+    text = text_prefix(tiny_clip(), ["red circle"], 3)
+    assert text.shape[1] == 3 and not text_prefix(tiny_clip(), ["red"], 9)[0, -1].any()
+    text = torch.randn(2, 3, 5)
+    seeds = [torch.Generator().manual_seed(i) for i in range(2)]
+    likeliest = torch.ones(8, 2, 13)  # Equal draws: the likeliest id of each place.
+    *_, ids = model.stream_joint(text, seeds, noise=likeliest)
+    tokens = (ids - model.first_video).clamp(min=0)
+    assert torch.equal(tokens + model.first_video, ids)
+    assert torch.equal(model.logits(tokens, text).argmax(-1), ids)
+    with pytest.raises(InputError, match="text features"):
+        model.check_condition(torch.zeros(2, 3, dtype=torch.int64))

@@ -235,7 +235,7 @@ def evaluate(
     kind = tokenizer_class(model)
     # Tokenizers of pictures have the one frame of the base class.
     moves = kind is not None and issubclass(kind, Tokenizer) and kind.num_frames != 1
-    if pipeline == "TextToVideoPipeline" or (pipeline is None and moves):
+    if (pipeline or "").endswith("ToVideoPipeline") or (pipeline is None and moves):
         from ..evaluation.video import evaluate_video
 
         report = evaluate_video(

@@ -38,6 +38,7 @@ from ..weights.registry import (
     find_model,
     import_class,
     list_models,
+    resolve_model,
     tokenizer_classes,
     video_generator_classes,
 )
@@ -545,9 +546,12 @@ def condition_of(name: str | Path) -> str:
             return "text"
     if found is None and info is None and not folder.is_dir():
         try:
-            found = DiffusionPipeline.load_config(str(name))["_class_name"]
+            found = DiffusionPipeline.load_config(resolve_model(name))["_class_name"]
+        except InputError:
+            raise
         except Exception as error:  # No network, no such repository, or another kind of it.
-            raise InputError(f'"{name}" could not be loaded from the hub: {error}') from error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(f'"{name}" could not be loaded from the hub: {reason}') from error
     if found not in kinds:
         raise InputError(f'"{name}" holds no model that makes video.')
     return kinds[found]

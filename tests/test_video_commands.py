@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,7 +20,7 @@ from tessera.modalities.errors import InputError
 from tessera.modalities.records import read_record
 from tessera.modalities.video import VideoReader, load_video, save_video
 from tessera.tests.tiny import tiny_clip
-from tessera.tests.tiny_video import tiny_interpolation, tiny_masked_pipeline
+from tessera.tests.tiny_video import tiny_class_video, tiny_interpolation, tiny_masked_pipeline
 from tessera.weights import registry
 
 
@@ -175,8 +177,17 @@ def test_interpolate():
     assert "Give one clip" in tessera("interpolate", "a.png", "walk.mp4", code=2).stderr
     assert "it is a picture" in tessera("interpolate", "a.png", code=2).stderr
     assert "exists already" in tessera("interpolate", "walk.mp4", code=2).stderr
-    Path("sound.mp4").write_bytes(b"RIFF")
-    assert "not an MP4" in tessera("interpolate", "sound.mp4", "-o", "s.mp4", code=2).stderr
+    Path("text.mp4").write_bytes(b"RIFF")
+    assert "not an MP4" in tessera("interpolate", "text.mp4", "-o", "s.mp4", code=2).stderr
+    with av.open("sound.mp4", "w") as container:
+        stream = container.add_stream("aac", rate=16_000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), "fltp", "mono")
+        frame.sample_rate = 16_000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    for command in ("interpolate", "reconstruct"):
+        error = tessera(command, "sound.mp4", "-o", "s.mp4", code=2).stderr
+        assert "has no video track" in error
     error = tessera("interpolate", "walk.mp4", "-o", "c.mp4", "--model", "unicorn", code=2).stderr
     assert 'no model "unicorn" here' in error and "vfimamba-s" in error
 
@@ -268,6 +279,9 @@ def test_evaluate_chooses_by_the_model(clips, tmp_path):
     assert json.loads(shown)["reconstruction"]["clips"] == 2
     shown = tessera("evaluate", "animated-sticker", "--data", clips, "--names", 2, "--json").stdout
     assert json.loads(shown)["generation"]["names"] == 2
+    tiny_class_video().save_pretrained("classes")
+    error = tessera("evaluate", "classes", "--data", clips, code=2).stderr
+    assert "holds a ClassToVideoPipeline" in error
     assert (
         "No videos"
         in tessera("evaluate", "smooth", "--data", tmp_path / "tokenizer", code=2).stderr

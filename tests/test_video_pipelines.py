@@ -226,6 +226,8 @@ def test_models_that_are_none():
         load_video_pipeline("animated-unicorn")
     with pytest.raises(InputError, match="makes no video"):
         load_video_pipeline("titok-l-32")
+    with pytest.raises(InputError, match="Unknown model"):
+        load_video_pipeline("./no/such/folder")
     with pytest.raises(InputError, match=r'no model "unicorn" here.*vfimamba-s'):
         FrameInterpolationPipeline.from_pretrained("unicorn")
     with pytest.raises(InputError, match="ids below"):

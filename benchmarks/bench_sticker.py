@@ -106,19 +106,11 @@ def measure_stages(
     }
     stages = []
     for batch in batch_sizes:
-        features = pipeline.encode_prompt([PROMPT] * batch, [""] * batch)
-        settings = {
-            "num_tokens": count,
-            "null_features": features[2],
-            "null_mask": features[3],
-            "guidance_scale": config.guidance_scale,
-            "temperature": config.temperature,
-            "top_k": config.top_k,
-            "top_p": config.top_p,
-        }
+        condition = model.text_condition(pipeline.clip, [PROMPT] * batch, [""] * batch)
+        settings = {k: v for k, v in pipeline.settings.items() if k != "num_inference_steps"}
 
-        def generate(features=features, settings=settings, batch=batch):
-            return model.generate(*features[:2], seed_generators(0, batch), **settings)
+        def generate(condition=condition, settings=settings, batch=batch):
+            return model.generate(**condition, generators=seed_generators(0, batch), **settings)
 
         tokens = generate()
 

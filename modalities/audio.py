@@ -428,10 +428,15 @@ def _mel(
 
 
 class AudioWriter:
-    """Writes a recording piece by piece; made by `write_audio`."""
+    """Writes a recording piece by piece; made by `write_audio`.
+
+    The encoder gets blocks of one size: what Vorbis and Opus make of a sound depends on the pieces
+    in which it comes, and must not depend on those of the caller.
+    """
 
     def __init__(self, sound: soundfile.SoundFile):
         self._sound = sound
+        self._held = np.zeros((0, sound.channels), dtype=np.float32)
         self.samples = 0
 
     def write(self, audio: Tensor) -> None:
@@ -441,8 +446,6 @@ class AudioWriter:
             InputError: another number of channels, or samples that are not finite.
             OSError: the disk is full or broken.
         """
-        import soundfile
-
         if audio.ndim != 2 or audio.shape[0] != self._sound.channels:
             raise InputError(
                 f"Sound to write must have shape [{self._sound.channels}, samples], got "
@@ -451,13 +454,24 @@ class AudioWriter:
         audio = audio.detach().float().cpu()
         if not audio.isfinite().all():
             raise InputError("Sound to write has samples that are not finite numbers.")
-        samples = audio.clamp(-1, 1).T.contiguous().numpy()
+        samples = np.concatenate([self._held, audio.clamp(-1, 1).T.numpy()])
+        whole = len(samples) - len(samples) % _BLOCK
+        for start in range(0, whole, _BLOCK):
+            self._encode(samples[start : start + _BLOCK])
+        self._held = samples[whole:]
+        self.samples += audio.shape[1]
+
+    def finish(self) -> None:
+        """Write what is held back of the last block; called by `write_audio`."""
+        self._encode(self._held)
+
+    def _encode(self, samples: np.ndarray) -> None:
+        import soundfile
+
         try:
-            for start in range(0, len(samples), _BLOCK):
-                self._sound.write(samples[start : start + _BLOCK])
+            self._sound.write(np.ascontiguousarray(samples))
         except soundfile.LibsndfileError as error:
             raise _write_failure(error) from error
-        self.samples += len(samples)
 
 
 @contextmanager
@@ -518,6 +532,7 @@ def write_audio(
                     sound.comment = text
                 writer = AudioWriter(sound)
                 yield writer
+                writer.finish()
         except soundfile.LibsndfileError as error:  # Of the last bytes, written on closing.
             raise _write_failure(error) from error
         if not writer.samples:

@@ -42,8 +42,7 @@ def test_generator_bytes_by_hand():
 
 
 def test_stages_and_tables(monkeypatch, tmp_path):
-    for module in (bench_sticker, measure):
-        monkeypatch.setattr(module, "best_seconds", lambda function: 1e-3)
+    monkeypatch.setattr(measure, "best_seconds", lambda function: 1e-3)
     monkeypatch.setattr(
         bench_sticker.TextToImagePipeline, "from_pretrained", lambda name: tiny_pipeline()
     )

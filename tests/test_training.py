@@ -116,7 +116,8 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
-    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+    # Arrays at other addresses may be added up in another order: up to a last bit apart.
+    assert [key for key in a if not torch.allclose(a[key], b[key], rtol=0, atol=1e-6)] == []
 
 
 def moved(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

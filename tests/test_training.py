@@ -342,7 +342,6 @@ def test_a_run_leaves_its_files(recipe_of, tmp_path):
     ("task", "kind"),
     [
         ("flextok", FlexTokTask),
-        ("flextok under components", FlexTokTask),
         ("flexar", FlexARTask),
     ],
 )

@@ -60,9 +60,13 @@ def free_directions(table: Tensor, count: int) -> Tensor:
     """Orthonormal ``[count, D]``, orthogonal to every position and to the mean of a token."""
     dim = table.shape[-1]
     taken = torch.cat([table.flatten(0, 1), torch.ones(1, dim)])
-    _, values, directions = torch.linalg.svd(taken)
+    # In float64, so that rounding of the sums does not decide what is written down.
+    _, values, directions = torch.linalg.svd(taken.double())
     rank = int((values > 1e-4 * values[0]).sum())
-    return directions[rank : rank + count]
+    # The rest of the directions is any basis: take one that rounding does not decide.
+    draws = torch.randn(dim, count, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    draws = draws - directions[:rank].T @ (directions[:rank] @ draws)
+    return torch.linalg.qr(draws).Q.T.float()
 
 
 def look_at_own_place(qkv: Tensor, reader: Tensor, head_dim: int, heads: int) -> None:
@@ -114,7 +118,8 @@ def local_components(tokenizer: FlexTok, latents: Tensor) -> None:
 
     vectors = patch_vectors(encoder.patch_embed, latents).flatten(0, 1)
     mean = vectors.mean(0)
-    values, basis = torch.linalg.eigh((vectors - mean).T @ (vectors - mean) / len(vectors))
+    centred = (vectors - mean).double()
+    values, basis = (x.float() for x in torch.linalg.eigh(centred.T @ centred / len(vectors)))
     whiten = basis.flip(1)[:, :components] / values.flip(0)[:components].sqrt()
 
     free = free_directions(table, components + levels + code_dim)

@@ -243,19 +243,28 @@ class FlexTokTask(Task):
                 for part in self.pictures.split(64)
             ]
         )
-        self.ids = self.frozen_ids()
+        self.start()
+        self.ids: Tensor | None = None
 
-    def frozen_ids(self) -> Tensor | None:
-        """Tokens of all pictures ``[M, N]`` where the encoder does not change."""
+    def start(self) -> None:
+        """Write the encoder down, where the recipe says so."""
         if self.recipe["start"] not in STARTS:
             raise InputError(
                 f'Unknown start "{self.recipe["start"]}": choose from {", ".join(STARTS)}.'
             )
-        if self.recipe["start"] == "random":
-            return None
-        local_components(self.tokenizer.cpu(), self.latents)
-        self.tokenizer.encoder.requires_grad_(False)
-        return encode_all(self.tokenizer.to(self.device), self.latents)
+        if self.recipe["start"] == "components":
+            local_components(self.tokenizer.cpu(), self.latents)
+            self.tokenizer.to(self.device).encoder.requires_grad_(False)
+
+    def frozen_ids(self) -> Tensor | None:
+        """Tokens of all pictures ``[M, N]`` where the encoder does not change.
+
+        Not before the first batch: a run that goes on has loaded its encoder by then.
+        """
+        frozen = not any(p.requires_grad for p in self.tokenizer.encoder.parameters())
+        if frozen and self.ids is None:
+            self.ids = encode_all(self.tokenizer, self.latents)
+        return self.ids
 
     def build(self) -> FlexTok:
         """A new tokenizer over the frozen VAE of the recipe."""
@@ -284,13 +293,14 @@ class FlexTokTask(Task):
         drop = (torch.rand(size, generator=generator) < loss["condition_dropout"])[rows]
         lengths = loss["lengths"]
         choice = torch.multinomial(torch.tensor(loss["weights"]).float(), 1, generator=generator)
+        ids = self.frozen_ids()
         return {
             "latents": self.latents[picked],
             "noise": noise,
             "t": t,
             "drop": drop,
             "num_tokens": lengths[int(choice)],
-            "ids": None if self.ids is None else self.ids[picked],
+            "ids": None if ids is None else ids[picked],
         }
 
     @torch.no_grad()
@@ -321,8 +331,8 @@ class FlexTokDecoderTask(FlexTokTask):
             tokenizer.vae.requires_grad_(False)
         return tokenizer
 
-    def frozen_ids(self) -> Tensor:
-        return encode_all(self.tokenizer, self.latents)
+    def start(self) -> None:
+        """Its encoder is there."""
 
 
 class TiTokTask(Task):

@@ -120,7 +120,9 @@ def local_components(tokenizer: FlexTok, latents: Tensor) -> None:
     mean = vectors.mean(0)
     centred = (vectors - mean).double()
     values, basis = (x.float() for x in torch.linalg.eigh(centred.T @ centred / len(vectors)))
-    whiten = basis.flip(1)[:, :components] / values.flip(0)[:components].sqrt()
+    # What the pictures do not have is left near zero, not blown up to noise of unit variance.
+    values = values.flip(0)[:components].clamp(min=1e-6 * float(values[-1]))
+    whiten = basis.flip(1)[:, :components] / values.sqrt()
 
     free = free_directions(table, components + levels + code_dim)
     content, rank, code = free.split([components, levels, code_dim])
@@ -179,7 +181,9 @@ def _write_decoder(
     codes = tokenizer.quantizer(SPREAD * wanted.unflatten(1, (levels, code_dim)))[0].flatten(1)
     centre = codes.mean(0)
     slope = (wanted * (codes - centre)).mean(0) / (codes - centre).square().mean(0)
-    readout = torch.linalg.lstsq((codes - centre) * slope, vectors - mean).solution
+    # In float64: a solution in float32 depends, in its last bits, on where the arrays lie.
+    known = ((codes - centre) * slope).double()
+    readout = torch.linalg.lstsq(known, (vectors - mean).double()).solution.float()
 
     decoder.patch_embed.proj.weight.copy_(noisy.T)
     decoder.patch_embed.proj.bias.zero_()

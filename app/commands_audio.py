@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from itertools import chain
@@ -190,21 +190,7 @@ def sound(
     caption = clean_prompt(caption)
     seed = random_seed() if seed is None else check_seed(seed)
     seeds = [(seed + i) % (MAX_SEED + 1) for i in range(count)]
-    folder = output_folder(out)
-    if folder is None:
-        paths = [Path(out)]
-        check_audio_suffix(paths[0])
-        if count > 1:
-            raise InputError(
-                f'"{out}" names one file, but {count} sounds are to be made: give a folder, '
-                f"-o {paths[0].stem}/."
-            )
-        check_outputs(paths, force)
-    else:
-        paths = [sound_path(folder, out, caption, each) for each in seeds]
-        if out is not None:
-            check_folder(folder)
-        check_outputs([path for path in paths if path.exists()][:1], force)
+    paths = sound_paths(out, caption, seeds, "sounds", force)
 
     pipeline = load_sound(model)
     given = dict(zip(SAMPLING, (guidance, temperature, top_k, top_p), strict=True))
@@ -227,12 +213,7 @@ def sound(
                 for each in _save(pipeline, caption, made, *saving):
                     saved.append(each)
     finally:  # Also after Ctrl-C or with a full disk: what is there is named.
-        if as_json:
-            took = round(time.perf_counter() - start, 2)
-            print_json({"model": pipeline.name, "took": took, "sounds": saved})
-        else:
-            for each in saved:
-                typer.echo(each["path"])
+        show_saved(pipeline.name, "sounds", saved, start, as_json)
 
 
 def pcm(audio: Tensor) -> bytes:
@@ -381,6 +362,48 @@ def read_text(text: str | None, file: Path | None) -> str:
 def sound_path(folder: Path, out: str | None, text: str, seed: int) -> Path:
     time_of_day = "" if out is not None else datetime.now().strftime("%H%M%S_")
     return folder / f"{time_of_day}{slug(text, 'sound')}_{seed}.wav"
+
+
+def sound_paths(
+    out: str | None, text: str, seeds: Sequence[int], what: str, force: bool
+) -> list[Path]:
+    """Where the sound of each seed goes, by ``--out``.
+
+    Args:
+        what: they are, in the plural.
+
+    Raises:
+        InputError: one file for several, a suffix that is not of sound, no such folder, or a file
+            that is there already.
+    """
+    folder = output_folder(out)
+    if folder is None:
+        path = Path(out)
+        check_audio_suffix(path)
+        if len(seeds) > 1:
+            raise InputError(
+                f'"{out}" names one file, but {len(seeds)} {what} are to be made: give a folder, '
+                f"-o {path.stem}/."
+            )
+        check_outputs([path], force)
+        return [path]
+    paths = [sound_path(folder, out, text, seed) for seed in seeds]
+    if out is not None:
+        check_folder(folder)
+    check_outputs([path for path in paths if path.exists()][:1], force)
+    return paths
+
+
+def show_saved(
+    model: str, what: str, saved: list[dict[str, Any]], start: float, as_json: bool
+) -> None:
+    """Name the files on stdout, or print one document with them under ``what``."""
+    if as_json:
+        took = round(time.perf_counter() - start, 2)
+        print_json({"model": model, "took": took, what: saved})
+    else:
+        for each in saved:
+            typer.echo(each["path"])
 
 
 @contextmanager

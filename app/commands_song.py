@@ -10,18 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..modalities.errors import InputError
-from .commands_audio import Model, read_text, sound_path
-from .commands_audio_tokens import check_audio_suffix
+from .commands_audio import Model, read_text, show_saved, sound_paths
 from .commands_image import Out, Temperature, TopK, TopP, weights_sha256
 from .commands_shared import (
     AsJson,
     Force,
     Metadata,
-    check_folder,
     check_outputs,
     device,
-    output_folder,
-    print_json,
     progress_bar,
     quiet_diffusers,
 )
@@ -83,21 +79,7 @@ def song(
     description = clean_prompt(description)
     seed = random_seed() if seed is None else check_seed(seed)
     seeds = [(seed + i) % (MAX_SEED + 1) for i in range(count)]
-    folder = output_folder(out)
-    if folder is None:
-        paths = [Path(out)]
-        check_audio_suffix(paths[0])
-        if count > 1:
-            raise InputError(
-                f'"{out}" names one file, but {count} songs are to be made: give a folder, '
-                f"-o {paths[0].stem}/."
-            )
-        check_outputs(paths, force)
-    else:
-        paths = [sound_path(folder, out, lyrics, each) for each in seeds]
-        if out is not None:
-            check_folder(folder)
-        check_outputs([path for path in paths if path.exists()][:1], force)
+    paths = sound_paths(out, lyrics, seeds, "songs", force)
     heard = None if voice is None else _recording(voice)
 
     pipeline = load_song(model, voice=heard is not None)
@@ -126,12 +108,7 @@ def song(
                 shown = _save(made, path, None if no_metadata else record, tracks, force)
                 saved.append(shown)
     finally:  # Also after Ctrl-C or with a full disk: what is there is named.
-        if as_json:
-            took = round(time.perf_counter() - start, 2)
-            print_json({"model": pipeline.name, "took": took, "songs": saved})
-        else:
-            for each in saved:
-                typer.echo(each["path"])
+        show_saved(pipeline.name, "songs", saved, start, as_json)
 
 
 def song_lines(text: str) -> str:

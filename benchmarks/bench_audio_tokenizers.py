@@ -25,7 +25,7 @@ import typer
 from ..modalities.files import atomic_path
 from ..tokenizers.base import AudioTokenizer
 from ..weights.registry import model_info
-from .measure import count_flop, cpu_seconds, flop_rate, processor, seconds_of
+from .measure import flop_rate, processor, time_stages
 
 # What the published code, or transformers alone, needed for ten seconds on a like machine:
 # CPU-seconds at batch 1, float32, one thread (encode, decode). DAC: with all 32 codebooks.
@@ -67,18 +67,13 @@ def measure(
     """Encode and decode: seconds, CPU-seconds, GFLOP, and the floor at ``rate`` FLOP a CPU-second."""
     audio = torch.rand(1, 1, round(seconds * tokenizer.sample_rate)) - 0.5
     tokens = tokenizer.encode(audio)
-    rows = {}
-    for stage, function in (
-        ("encode", lambda: tokenizer.encode(audio)),
-        ("decode", lambda: tokenizer.decode(tokens)),
-    ):
-        flop = count_flop(function)
-        rows[stage] = {
-            "seconds": seconds_of(function, repeats),
-            "cpu_seconds": cpu_seconds(function, repeats),
-            "gflop": flop / 1e9,
-            "floor_cpu_seconds": flop / rate,
-        }
+    stages = {
+        "encode": lambda: tokenizer.encode(audio),
+        "decode": lambda: tokenizer.decode(tokens),
+    }
+    rows = time_stages(stages, repeats)
+    for row in rows.values():
+        row["floor_cpu_seconds"] = 1e9 * row["gflop"] / rate
     return rows
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..modalities.files import atomic_path
 from ..tokenizers.base import Tokenizer
 from ..weights.registry import model_info
-from .measure import count_flop, cpu_seconds, flop_rate, processor, seconds_of
+from .measure import flop_rate, processor, seconds_of, time_stages
 
 # One of each system (TA-TiTok is TiTok's network and wants a text beside the tokens), and what its published code needed on a like machine: CPU-seconds at batch 1,
 # float32, two threads, (encode, decode); None where it was not measured.
@@ -48,18 +48,13 @@ def measure(
     """Encode and decode ``batch`` pictures: seconds, CPU-seconds, GFLOP and the floor in seconds."""
     images = torch.rand(batch, 3, tokenizer.image_size, tokenizer.image_size) * 2 - 1
     tokens = tokenizer.encode(images)
-    rows = {}
-    for stage, function in (
-        ("encode", lambda: tokenizer.encode(images)),
-        ("decode", lambda: tokenizer.decode(tokens)),
-    ):
-        flop = count_flop(function)
-        rows[stage] = {
-            "seconds": seconds_of(function, repeats),
-            "cpu_seconds": cpu_seconds(function, repeats),
-            "gflop": flop / 1e9,
-            "floor_seconds": flop / rate,
-        }
+    stages = {
+        "encode": lambda: tokenizer.encode(images),
+        "decode": lambda: tokenizer.decode(tokens),
+    }
+    rows = time_stages(stages, repeats)
+    for row in rows.values():
+        row["floor_seconds"] = 1e9 * row["gflop"] / rate
     return rows
 
 

@@ -93,6 +93,18 @@ def cpu_seconds(function: Callable[[], Any], repeats: int) -> float:
     return min(times[1:])
 
 
+def time_stages(stages: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
+    """Of each call "seconds" and "cpu_seconds", least of several, and "gflop"."""
+    return {
+        name: {
+            "seconds": seconds_of(function, repeats),
+            "cpu_seconds": cpu_seconds(function, repeats),
+            "gflop": count_flop(function) / 1e9,
+        }
+        for name, function in stages.items()
+    }
+
+
 def best_seconds(
     function: Callable[[], Any],
     total: float = 1.0,

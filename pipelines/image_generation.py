@@ -24,17 +24,13 @@ from ..modalities.errors import InputError
 from ..modalities.image import fit_image, load_image, to_pil, to_tensor
 from ..tokenizers.auto import AutoTokenizer
 from ..tokenizers.base import Tokenizer
-from ..weights.loading import check_complete
 from ..weights.registry import (
     ModelInfo,
     find_model,
-    generator_classes,
-    import_class,
-    resolve_model,
-    tokenizer_classes,
 )
 from . import editing
 from .editing import Edit
+from .loading import load_folder
 from .seeds import item_seeds, noise_stream, token_stream
 
 OUTPUT_TYPES = ("pil", "np", "pt", "tokens")
@@ -141,37 +137,8 @@ class ImageGenerationPipeline(DiffusionPipeline):
         elif folder is None and info is not None and not info.shipped:
             pipeline = cls._from_generator(info.name, None, info, options)
         else:
-            pipeline = cls._from_saved(name, options)
+            pipeline = load_folder(cls, super().from_pretrained, name, **options)
         pipeline.name = str(name)
-        return pipeline
-
-    @classmethod
-    def _from_saved(cls, name: str | Path, options: dict[str, Any]) -> ImageGenerationPipeline:
-        path = resolve_model(name)
-        options.setdefault("dtype", torch.float32)
-        try:
-            # Diffusers loads classes of modules that are imported already, and imports none itself.
-            known = {**tokenizer_classes(), **generator_classes()}
-            for part in cls.load_config(path).values():
-                if isinstance(part, list | tuple) and len(part) == 2 and part[1] in known:
-                    import_class(known[part[1]])
-            pipeline = super().from_pretrained(path, **options)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, InputError):
-                raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(
-                f'"{name}" could not be loaded as a {cls.condition}-to-image model: {reason}'
-            ) from error
-        except Exception as error:  # safetensors raises its own error for a damaged file
-            raise InputError(
-                f'"{name}" could not be loaded: a weight file is damaged ({error}). Copy it again.'
-            ) from error
-        if not isinstance(pipeline, cls):
-            raise InputError(f'"{name}" holds a {type(pipeline).__name__}, not a {cls.__name__}.')
-        for part, model in pipeline.components.items():
-            if isinstance(model, torch.nn.Module):
-                check_complete(model, f"{name}/{part}")
         return pipeline
 
     @classmethod

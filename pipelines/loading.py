@@ -12,7 +12,13 @@ from diffusers import DiffusionPipeline
 
 from ..modalities.errors import InputError
 from ..weights.loading import check_complete
-from ..weights.registry import resolve_model
+from ..weights.registry import (
+    generator_classes,
+    import_class,
+    resolve_model,
+    tokenizer_classes,
+    video_generator_classes,
+)
 
 Pipeline = TypeVar("Pipeline", bound=DiffusionPipeline)
 
@@ -35,6 +41,7 @@ def load_folder(
     _check_kind(kind, path, name)
     options.setdefault("dtype", torch.float32)
     try:
+        _import_parts(kind.load_config(path))
         pipeline = from_pretrained(path, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
@@ -48,10 +55,18 @@ def load_folder(
     if not isinstance(pipeline, kind):
         raise InputError(f'"{name}" holds a {type(pipeline).__name__}, not a {kind.__name__}.')
     for part, model in pipeline.components.items():
-        if model is not None:
+        if isinstance(model, torch.nn.Module):
             check_complete(model, f"{name}/{part}")
     pipeline.name = str(name)
     return pipeline
+
+
+def _import_parts(index: dict[str, Any]) -> None:
+    """Import the modules of the parts: diffusers loads classes of imported modules, and imports none."""
+    known = {**tokenizer_classes(), **generator_classes(), **video_generator_classes()}
+    for part in index.values():
+        if isinstance(part, list | tuple) and len(part) == 2 and part[1] in known:
+            import_class(known[part[1]])
 
 
 def _check_kind(kind: type[DiffusionPipeline], path: str | Path, name: str | Path) -> None:

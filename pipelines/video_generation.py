@@ -36,10 +36,8 @@ from ..weights.registry import (
     VIDEO_TASKS,
     ModelInfo,
     find_model,
-    import_class,
     list_models,
     resolve_model,
-    tokenizer_classes,
     video_generator_classes,
 )
 from . import loading
@@ -197,11 +195,6 @@ class VideoGenerationPipeline(DiffusionPipeline):
                 name, files, None if saved and files is None else info, options
             )
         else:
-            # Diffusers loads classes of modules that are imported already, and imports none itself.
-            for classes in (tokenizer_classes(), video_generator_classes()):
-                for path in classes.values():
-                    if path.startswith(("tokenizers.video.", "generators.")):
-                        import_class(path)
             pipeline = loading.load_folder(cls, super().from_pretrained, name, **options)
         pipeline.name = str(name)
         return pipeline

@@ -182,8 +182,8 @@ def _write_decoder(
     centre = codes.mean(0)
     slope = (wanted * (codes - centre)).mean(0) / (codes - centre).square().mean(0)
     # In float64: a solution in float32 depends, in its last bits, on where the arrays lie.
-    known = ((codes - centre) * slope).double()
-    readout = torch.linalg.lstsq(known, (vectors - mean).double()).solution.float()
+    told = ((codes - centre) * slope).double()
+    readout = torch.linalg.lstsq(told, (vectors - mean).double()).solution.float()
 
     decoder.patch_embed.proj.weight.copy_(noisy.T)
     decoder.patch_embed.proj.bias.zero_()
@@ -232,6 +232,6 @@ def _write_decoder(
     said = (drawn - centre.view(levels, code_dim)[level[:known]]).unflatten(1, (-1, patches))
     said = said[:, :, place[:patches].argsort()].transpose(1, 2).flatten(2) * slope[:shown]
     through = gain(noisy, patch_vectors(decoder.patch_embed, noise))
-    told = gain(content[:shown], said)
-    decoder.proj.weight.copy_(noisy / through - readout.T @ content / told)
+    heard = gain(content[:shown], said)
+    decoder.proj.weight.copy_(noisy / through - readout.T @ content / heard)
     decoder.proj.bias.copy_(-mean)

@@ -45,8 +45,7 @@ function updateRow(entry, row, meta) {
 
 function update() {
   const page = props.value;
-  if (!page || !page.jobs) return;
-  if (page.boot === shown.boot && page.version < shown.version) return;
+  if (!isNews(page, shown)) return;
   const job = page.jobs[0];
   const id = job ? job.id : "";
   if (id !== shown.id) {

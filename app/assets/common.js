@@ -16,6 +16,29 @@ function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
+// Whether a page of jobs is newer than the one shown: a watcher that is being replaced may still
+// deliver an older state.
+function isNews(page, shown) {
+  return Boolean(page && page.jobs) && !(page.boot === shown.boot && page.version < shown.version);
+}
+
+// Make the entries (id -> { node }) in the list those of the jobs, in their order.
+function syncEntries(list, entries, jobs, create, update, halt) {
+  const ids = new Set(jobs.map((job) => job.id));
+  for (const [id, entry] of entries)
+    if (!ids.has(id)) {
+      halt(entry);
+      entry.node.remove();
+      entries.delete(id);
+    }
+  jobs.forEach((job, i) => {
+    if (!entries.has(job.id)) entries.set(job.id, create(job));
+    const entry = entries.get(job.id);
+    update(entry, job);
+    if (list.children[i] !== entry.node) list.insertBefore(entry.node, list.children[i] || null);
+  });
+}
+
 // Neighbouring ids get far apart hues (golden angle).
 function tokenColour(id) {
   return `hsl(${(id * 137.508) % 360} 58% ${50 + ((id * 7) % 5) * 4}%)`;

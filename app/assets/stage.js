@@ -155,23 +155,9 @@ function announce(jobs) {
 
 function update() {
   const page = props.value;
-  if (!page || !page.jobs) return;
-  // A watcher that is being replaced may still deliver an older state.
-  if (page.boot === shown.boot && page.version < shown.version) return;
+  if (!isNews(page, shown)) return;
   shown = page;
-  const ids = new Set(page.jobs.map((job) => job.id));
-  for (const [id, entry] of entries)
-    if (!ids.has(id)) {
-      entry.view.halt();
-      entry.node.remove();
-      entries.delete(id);
-    }
-  page.jobs.forEach((job, i) => {
-    if (!entries.has(job.id)) entries.set(job.id, createEntry(job));
-    const entry = entries.get(job.id);
-    updateJob(entry, job);
-    if (list.children[i] !== entry.node) list.insertBefore(entry.node, list.children[i] || null);
-  });
+  syncEntries(list, entries, page.jobs, createEntry, updateJob, (entry) => entry.view.halt());
   empty.hidden = page.jobs.length > 0;
   if (page.example && example.hidden) {
     example.src = fileUrl(page.example);

@@ -21,7 +21,7 @@ from tessera.generators.autoregressive.flexar import FlexAR, FlexARClass
 from tessera.generators.autoregressive.rar import RAR
 from tessera.generators.sampling import guide
 from tessera.modalities.errors import InputError
-from tessera.tests.tiny_generators import streams
+from tessera.tests.tiny import streams
 
 
 class ToyDecoder:

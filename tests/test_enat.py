@@ -7,7 +7,7 @@ import torch
 
 from tessera.generators.masked.enat import ENAT
 from tessera.modalities.errors import InputError
-from tessera.tests.tiny_generators import streams
+from tessera.tests.tiny import streams
 from tessera.weights.convert.enat import convert_state_dict
 from tessera.weights.loading import load_strict
 

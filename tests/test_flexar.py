@@ -9,7 +9,7 @@ from tessera.generators.autoregressive.decoding import branch
 from tessera.generators.autoregressive.flexar import FlexAR, FlexARClass
 from tessera.generators.sampling import guide, probabilities, sample
 from tessera.modalities.errors import InputError
-from tessera.tests.tiny_generators import streams
+from tessera.tests.tiny import streams
 from tessera.weights.convert.flexar import convert_state_dict
 from tessera.weights.loading import load_strict
 

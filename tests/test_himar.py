@@ -8,7 +8,7 @@ import torch
 from tessera.generators.flow.diffusion import GaussianDiffusion
 from tessera.generators.masked.himar import PIVOTS, HiMAR, sincos_positions
 from tessera.modalities.errors import InputError
-from tessera.tests.tiny_generators import streams
+from tessera.tests.tiny import streams
 from tessera.weights.convert.himar import convert_state_dict
 from tessera.weights.loading import load_strict
 

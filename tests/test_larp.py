@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tessera.generators.autoregressive.larp_ar import LARPGenerator
 from tessera.generators.sampling import guide
 from tessera.modalities.errors import InputError
+from tessera.tests.tiny import streams
 from tessera.tokenizers.auto import AutoTokenizer
 from tessera.tokenizers.video.larp import LARP
 from tessera.training.video_losses import VideoTokenizerLoss
@@ -42,10 +43,6 @@ def tokenizer() -> LARP:
 @pytest.fixture
 def video() -> torch.Tensor:
     return torch.rand(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
-
-
-def streams(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def test_encode_takes_the_nearest_direction(tokenizer, video):

@@ -8,7 +8,7 @@ import torch
 
 from tessera.generators.masked.maskgen import MaskGenKL, MaskGenVQ, embed_text
 from tessera.modalities.errors import InputError
-from tessera.tests.tiny_generators import streams
+from tessera.tests.tiny import streams
 from tessera.weights.convert.maskgen import convert_state_dict
 from tessera.weights.loading import load_strict
 

@@ -9,7 +9,7 @@ from tessera.generators.masked.maskgit import MaskGIT
 from tessera.generators.masked.masking import mask_lowest, masked_loss, random_mask, sample_masked
 from tessera.generators.schedules import guidance_weight, masked_counts
 from tessera.modalities.errors import InputError
-from tessera.tests.tiny_generators import streams
+from tessera.tests.tiny import streams
 from tessera.weights.convert.maskgit import convert_state_dict
 from tessera.weights.loading import load_strict
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tessera.generators.next_block.nbp import NBP, ucf_text
 from tessera.generators.sampling import guide
 from tessera.modalities.errors import InputError
+from tessera.tests.tiny import streams
 from tessera.tokenizers.auto import AutoTokenizer
 from tessera.tokenizers.video.nbp import CausalConv3d, NBPTokenizer
 from tessera.weights.convert import nbp as convert_tokenizer
@@ -19,10 +20,6 @@ from tessera.weights.loading import read_state_dict
 from tessera.weights.registry import list_models, model_info
 
 P, V, TEXT, WORDS = 4, 29, 3, 11
-
-
-def streams(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from tessera.generators.autoregressive.rar import RAR
 from tessera.generators.sampling import guide
 from tessera.generators.schedules import guidance_weight
 from tessera.modalities.errors import InputError
-from tessera.tests.tiny_generators import streams
+from tessera.tests.tiny import streams
 from tessera.weights.convert.rar import convert_state_dict
 from tessera.weights.loading import load_strict
 

@@ -9,7 +9,7 @@ from tessera.generators.autoregressive.sound import SoundTransformer
 from tessera.generators.conditioning.words import WordEncoder, pooled, split_words
 from tessera.modalities.errors import InputError
 from tessera.pipelines.text_to_sound import TextToSoundPipeline
-from tessera.tokenizers.audio.wavtokenizer import WavTokenizer
+from tessera.tests.tiny import streams, tiny_codec
 
 
 def tiny(**options) -> SoundTransformer:
@@ -25,10 +25,6 @@ def tiny(**options) -> SoundTransformer:
     model.init_weights()
     torch.nn.init.normal_(model.decoder.head.weight, std=0.5)
     return model.eval()
-
-
-def streams(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def test_split_words():
@@ -83,20 +79,7 @@ def test_training_learns_captions_and_lengths():
 
 @pytest.fixture(scope="module")
 def pipeline() -> TextToSoundPipeline:
-    torch.manual_seed(0)
-    codec = WavTokenizer(
-        sample_rate=3200,
-        filters=4,
-        strides=(2, 4, 8),
-        lstm_layers=1,
-        latent_dim=8,
-        vocab_size=16,
-        dim=64,
-        intermediate_dim=32,
-        num_layers=1,
-    ).eval()
-    codec.quantizer.embed.normal_()
-    return TextToSoundPipeline(codec, tiny())
+    return TextToSoundPipeline(tiny_codec(3200, (2, 4, 8), 16), tiny())
 
 
 def test_several_sounds_of_a_caption(pipeline):

@@ -18,7 +18,7 @@ from tessera.generators.autoregressive.token_shuffle import (
 from tessera.generators.sampling import guide
 from tessera.generators.schedules import guidance_weight
 from tessera.modalities.errors import InputError
-from tessera.tests.tiny_generators import streams
+from tessera.tests.tiny import streams
 
 V, TEXT, GRID = 24, 10, (3, 5)
 PROMPTS = [[1, 2, 3], [], [7]]

@@ -11,7 +11,7 @@ from tessera.generators.autoregressive import tokenbridge
 from tessera.generators.autoregressive.tokenbridge import TokenBridge
 from tessera.generators.schedules import masked_counts
 from tessera.modalities.errors import InputError
-from tessera.tests.tiny_generators import streams
+from tessera.tests.tiny import streams
 from tessera.tokenizers.image.kl16_vae import KL16VAE
 from tessera.tokenizers.image.tokenbridge import TokenBridgeTokenizer
 from tessera.tokenizers.quantizers.dimension_wise import DimensionWiseQuantizer, gaussian_levels

@@ -11,7 +11,7 @@ from tessera.generators.next_scale.var import VAR
 from tessera.generators.sampling import guide
 from tessera.generators.schedules import guidance_weight
 from tessera.modalities.errors import InputError
-from tessera.tests.tiny_generators import streams
+from tessera.tests.tiny import streams
 from tessera.tokenizers.image.var_vqvae import MultiScaleVQVAE
 from tessera.tokenizers.quantizers.residual import MultiScaleResidualVQ
 from tessera.weights.convert import var, var_vqvae

@@ -11,7 +11,7 @@ from tessera.generators.orders import cell_order
 from tessera.generators.sampling import guide
 from tessera.generators.schedules import guidance_weight
 from tessera.modalities.errors import InputError
-from tessera.tests.tiny_generators import streams
+from tessera.tests.tiny import streams
 from tessera.weights.convert.xar import convert_state_dict
 from tessera.weights.loading import load_strict
 from tessera.weights.registry import list_models, model_info

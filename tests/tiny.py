@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -283,33 +284,18 @@ def tiny_maskgen_pipeline(kind: str) -> TextToImagePipeline:
     )
 
 
-def tiny_codec() -> WavTokenizer:
-    """WavTokenizer of 1 kHz: 100 frames a second of 32 ids; what it decodes is noise."""
+def tiny_codec(
+    sample_rate: int = 1000, strides: Sequence[int] = (2, 5), vocab_size: int = 32
+) -> WavTokenizer:
+    """WavTokenizer, by default of 1 kHz and 100 frames a second; what it decodes is noise."""
     torch.manual_seed(3)
     codec = WavTokenizer(
-        sample_rate=1000,
+        sample_rate=sample_rate,
         filters=4,
-        strides=(2, 5),
+        strides=strides,
         lstm_layers=1,
         latent_dim=8,
-        vocab_size=32,
-        dim=32,
-        intermediate_dim=32,
-        num_layers=1,
-    )
-    return codec.eval()
-
-
-def _speaking_codec() -> WavTokenizer:
-    """8 kHz, 100 frames a second of 32 ids."""
-    torch.manual_seed(3)
-    codec = WavTokenizer(
-        sample_rate=8000,
-        filters=4,
-        strides=(4, 4, 5),
-        lstm_layers=1,
-        latent_dim=8,
-        vocab_size=32,
+        vocab_size=vocab_size,
         dim=64,
         intermediate_dim=32,
         num_layers=1,
@@ -317,6 +303,11 @@ def _speaking_codec() -> WavTokenizer:
     codec.init_weights()
     codec.quantizer.embed.normal_()
     return codec.eval()
+
+
+def streams(*seeds: int) -> list[torch.Generator]:
+    """A generator of each seed."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def tiny_voice() -> TextToSpeechPipeline:
@@ -331,7 +322,7 @@ def tiny_voice() -> TextToSpeechPipeline:
     model.init_weights()
     torch.nn.init.constant_(model.duration_head.bias, 2.2)
     torch.nn.init.normal_(model.decoder.head.weight, std=0.5)
-    return TextToSpeechPipeline(_speaking_codec(), model.eval(), default_voice="kathleen")
+    return TextToSpeechPipeline(tiny_codec(8000, (4, 4, 5)), model.eval(), default_voice="kathleen")
 
 
 def tiny_sound() -> TextToSoundPipeline:
@@ -347,4 +338,4 @@ def tiny_sound() -> TextToSoundPipeline:
     model.init_weights()
     torch.nn.init.constant_(model.length_head.bias, 4.0)
     torch.nn.init.normal_(model.decoder.head.weight, std=0.5)
-    return TextToSoundPipeline(_speaking_codec(), model.eval())
+    return TextToSoundPipeline(tiny_codec(8000, (4, 4, 5)), model.eval())

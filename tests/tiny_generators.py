@@ -20,6 +20,7 @@ from tessera.generators.masked.maskgen import MaskGenKL, MaskGenVQ
 from tessera.generators.masked.maskgit import MaskGIT
 from tessera.generators.next_scale.flowar import FlowAR
 from tessera.generators.next_scale.var import VAR
+from tessera.tests.tiny import streams
 from tessera.tokenizers.quantizers.residual import MultiScaleResidualVQ
 
 V, CLASSES, C, TEXT = 24, 5, 3, 16
@@ -70,10 +71,6 @@ class Tiny:
         items = {name: value[rows] for name, value in self.items.items()}
         given = {"generators": streams(*seeds), **items, **self.shared, **more}
         return self.model.stream(**given)
-
-
-def streams(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def _random(*shape: int) -> Tensor:

@@ -243,7 +243,7 @@ def grid(
         task = bar.add_task(f"{Path(model).name}  grid", total=len(drawn.cells))
         try:
             for _ in drawn.draw():
-                bar.advance(task)
+                bar.update(task, completed=len(drawn.pictures))
         except KeyboardInterrupt:
             stopped = True
     if not drawn.pictures:

@@ -220,14 +220,18 @@ def info(
 
 def weights_sha256(model: str | Path) -> str | None:
     """One hash over the weight files of a shipped model or a folder; None for a hub id."""
-    from ..weights.registry import resolve_model
+    from ..weights.registry import resolve_model, shared_parts
 
     folder = resolve_model(model)
     if not isinstance(folder, Path):
         return None
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
-        digest.update(file.relative_to(folder).as_posix().encode())
+    files = {file.relative_to(folder): file for file in folder.rglob("*.safetensors")}
+    for part, shared in shared_parts(folder).items():
+        found = shared.rglob("*.safetensors")
+        files.update({Path(part) / file.relative_to(shared): file for file in found})
+    for name, file in sorted(files.items()):
+        digest.update(name.as_posix().encode())
         with open(file, "rb") as weights:
             digest.update(hashlib.file_digest(weights, "sha256").digest())
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..weights.registry import (
     generator_classes,
     import_class,
     resolve_model,
+    shared_parts,
     tokenizer_classes,
     video_generator_classes,
 )
@@ -41,7 +43,13 @@ def load_folder(
     _check_kind(kind, path, name)
     options.setdefault("dtype", torch.float32)
     try:
-        _import_parts(kind.load_config(path))
+        index = kind.load_config(path)
+        _import_parts(index)
+        if isinstance(path, Path):
+            for part, folder in shared_parts(path).items():
+                module, model = index[part]
+                model = getattr(importlib.import_module(module), model)
+                options.setdefault(part, model.from_pretrained(folder, dtype=options["dtype"]))
         pipeline = from_pretrained(path, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):

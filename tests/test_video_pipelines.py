@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import weakref
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from PIL import Image
 
 from tessera import load_video_pipeline
+from tessera.app.commands_image import weights_sha256
 from tessera.modalities.errors import InputError
 from tessera.modalities.video import Video, VideoReader, load_video, save_video
 from tessera.pipelines.frame_interpolation import FrameInterpolationPipeline
@@ -25,6 +28,7 @@ from tessera.tests.tiny_video import (
     tiny_interpolation,
     tiny_masked_pipeline,
 )
+from tessera.weights import registry
 
 TEXT = {"block": tiny_block_pipeline, "masked": tiny_masked_pipeline, "flow": tiny_flow_pipeline}
 
@@ -208,6 +212,21 @@ def test_saved_pipelines_load_as_they_were(pipelines, kind, tmp_path):
     assert make(mover, Image.new("RGB", (9, 9)), "red ring").shape[2] == 9 - 4 * (kind == "masked")
     with pytest.raises(InputError, match="holds a TextToVideoPipeline"):
         ClassToVideoPipeline.from_pretrained(tmp_path)
+
+
+def test_a_shipped_model_takes_a_part_from_another_one(pipelines, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "SHIPPED", tmp_path)
+    pipeline = pipelines["block"]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    pipeline.save_pretrained(whole)
+    pipeline.save_pretrained(part)
+    shutil.rmtree(part / "clip")
+    with pytest.raises(InputError, match="could not be loaded"):
+        TextToVideoPipeline.from_pretrained(part)
+    (part / "tessera.json").write_text(json.dumps({"shared": {"clip": "whole/clip"}}))
+    again = TextToVideoPipeline.from_pretrained(part)
+    assert torch.equal(make(again, "red ring"), make(pipeline, "red ring"))
+    assert weights_sha256(part) == weights_sha256(whole)
 
 
 def test_generators_alone_need_their_parts(pipelines, tmp_path):

@@ -54,6 +54,7 @@ class ModelInfo:
         tokenizer: of a generator: name of the tokenizer whose tokens it writes.
         text_tower: of a generator from text: what reads the text, "clip:NAME" of open_clip's OpenAI
             weights or "t5:REPOSITORY" of the hub.
+        shared: parts that a shipped model takes from another one: part -> "model/part".
     """
 
     name: str
@@ -74,6 +75,7 @@ class ModelInfo:
     size_mb: float | None = None
     tokenizer: str | None = None
     text_tower: str | None = None
+    shared: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def shipped(self) -> bool:
@@ -235,3 +237,12 @@ def resolve_model(name: str | Path) -> str | Path:
         f'Unknown model "{text}": give a shipped one ({known}), a folder, or a hub id '
         '("owner/name").'
     )
+
+
+def shared_parts(folder: Path) -> dict[str, Path]:
+    """Folders of the parts that a shipped model takes from another one; empty for other folders."""
+    try:
+        row = json.loads((folder / "tessera.json").read_text("utf8"))
+    except OSError:
+        return {}
+    return {part: SHIPPED / place for part, place in row.get("shared", {}).items()}

@@ -93,6 +93,8 @@ def runs(tmp_path_factory):
     packs = {"data.root": animated, "data.stickers": root / "stickers", "data.options": "{}"}
     train(recipe("animated-tokenizer", root / "tokenizer", **TOKENIZER, **packs, **SMALL))
     parts = {"tokenizer": root / "tokenizer" / "model", "clip": root / "clip", **packs, **SMALL}
+    of_tokenizer = {"tokenizer": root / "tokenizer" / "model", **packs, **SMALL}
+    train(recipe("animated-decoder", root / "decoder", **of_tokenizer))
     train(recipe("animated-generator", root / "generator", **GENERATOR, **NBP, **parts))
     train(recipe("animated-lingen", root / "lingen", **GENERATOR, **LINGEN, **parts))
     small = {"data.size": 32, "model.dim": 4, **packs, **SMALL}
@@ -100,11 +102,21 @@ def runs(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("name", ["tokenizer", "generator", "lingen", "interpolation"])
+@pytest.mark.parametrize("name", ["tokenizer", "decoder", "generator", "lingen", "interpolation"])
 def test_every_recipe_trains_and_shows_samples(runs, name):
     steps, found = losses(runs / name)
     assert steps == [1, 2, 3] and all(loss > 0 for loss in found)
     assert (runs / name / "samples" / "000003.png").is_file()
+
+
+def test_a_decoder_is_trained_under_the_ids_of_its_tokenizer(runs):
+    before, after = (
+        NBPTokenizer.from_pretrained(runs / name / "model") for name in ("tokenizer", "decoder")
+    )
+    video = torch.rand(1, 3, 5, 16, 16) * 2 - 1
+    ids = before.encode(video)
+    assert torch.equal(after.encode(video), ids)
+    assert not torch.equal(after.decode(ids), before.decode(ids))
 
 
 def test_a_run_goes_on_from_its_checkpoint_and_from_its_tokens(runs):

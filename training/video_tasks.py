@@ -137,17 +137,22 @@ def frame_rows(clips: Tensor, count: int = 8) -> list[Image.Image]:
 class VideoTokenizerTask(Task):
     """The causal tokenizer, on clips and, in a share of the batches, on still stickers.
 
-    ``start: components`` writes its first weights down (see `video_warm_start`).
+    ``start: components`` writes its first weights down (see `video_warm_start`). With ``tokenizer``, a
+    trained one's folder, its decoder alone is trained further: ids stay what they are.
     """
 
     def __init__(self, recipe: dict[str, Any], device: torch.device):
         super().__init__(recipe, device)
-        self.tokenizer = build(NBPTokenizer, **recipe["model"])
-        self.tokenizer.init_weights()
-        self.data = Animations(recipe["data"], self.tokenizer.num_frames, self.tokenizer.image_size)
         if recipe["start"] not in STARTS:
             raise InputError(f'Unknown start "{recipe["start"]}": choose from {", ".join(STARTS)}.')
-        if recipe["start"] == "components":
+        if recipe["tokenizer"] is None:
+            self.tokenizer = build(NBPTokenizer, **recipe["model"])
+            self.tokenizer.init_weights()
+        else:
+            self.tokenizer = load_frozen(NBPTokenizer, recipe, "tokenizer")
+            self.tokenizer.encoder.requires_grad_(False)
+        self.data = Animations(recipe["data"], self.tokenizer.num_frames, self.tokenizer.image_size)
+        if recipe["tokenizer"] is None and recipe["start"] == "components":
             local_components(self.tokenizer, self.clips(START_CLIPS))
         self.model = VideoTokenizerLoss(
             self.tokenizer, {"regularizer": 0.0}, {}, None, 0, recipe["loss"]["distance"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from datetime import datetime
 from pathlib import Path
@@ -28,10 +27,20 @@ from .commands_shared import (
     quiet_diffusers,
     slug,
 )
+from .video_records import (
+    clip_record,
+    one_round,
+    read_scene,
+    recordable,
+    scenes_told,
+    smooth_record,
+    told,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..modalities.video import Video
     from ..pipelines.frame_interpolation import FrameInterpolationPipeline
     from ..pipelines.video_generation import VideoGenerationPipeline, VideoPipelineOutput
     from ..tokenizers.base import Tokenizer
@@ -40,10 +49,6 @@ DEFAULT_VIDEO = "animated-sticker"
 MOVING_SUFFIXES = (".gif", ".apng")
 # Pictures by name, which may move.
 MAYBE_MOVING = (".webp", ".png", ".avif")
-# More tokens than this are too long for the record in a file.
-MAX_RECORD_TOKENS = 10_000
-# How a record writes the scenes of a story, and where the next begins.
-_SCENE = re.compile(r"(?:^| \| )(\d+(?:\.\d+)?) s: ")
 
 Rate = Annotated[float | None, typer.Option("--fps", help="Frames a second.")]
 Loop = Annotated[
@@ -126,16 +131,16 @@ def video(
     for file in (image, go_on):
         if file is not None and not file.is_file():
             raise InputError(f'There is no file "{file}": check the path.')
-    scenes = None if not story else [_scene(text) for text in story]
-    what = prompt if scenes is None else told(scenes)
+    scenes = None if not story else [read_scene(text) for text in story]
+    what, source = prompt if scenes is None else told(scenes), image or go_on
     from ..pipelines.seeds import MAX_SEED, check_seed, random_seed
 
     seed = random_seed() if seed is None else check_seed(seed)
     seeds = [(seed + i) % (MAX_SEED + 1) for i in range(count)]
-    paths = _paths(out, what or (image or go_on or Path()).stem, seeds, force)
+    paths = _paths(out, what or (source or Path()).stem, seeds, force)
     pipeline = load_video(model, moving_picture=image is not None)
     condition = getattr(pipeline, "condition", "text")
-    if what is None and not (condition == "frames" and (image or go_on) and pipeline.clip is None):
+    if what is None and not (condition == "frames" and source and pipeline.clip is None):
         raise InputError('Say what moves, for example "a butterfly flapping".')
     given = {
         "guidance_scale": guidance,
@@ -170,7 +175,8 @@ def video(
                         loop,
                         force,
                         not no_metadata,
-                        image or go_on,
+                        None if source is None else source.name,
+                        scenes is not None,
                     )
                 )
     finally:  # Also after Ctrl-C or with a full disk: what is there is named.
@@ -216,8 +222,6 @@ def interpolate(
     An MP4 or WebM is written while it is made, so a long clip needs no more memory than a short one.
     Sound is left out.
     """
-    from ..modalities.metadata import make_record
-
     out = out or Path(f"{files[0].stem}_smooth.mp4")
     check_video_suffix(out)
     check_outputs([out], force)
@@ -228,16 +232,7 @@ def interpolate(
         raise InputError("Give one clip, or several pictures.")
     pipeline = load_interpolation(model)
     settings = {"factor": factor, "frame_rate": frame_rate, "input_frame_rate": input_rate}
-    record = make_record(
-        type(pipeline).__name__,
-        pipeline.name,
-        "",
-        0,
-        settings={name: value for name, value in settings.items() if value is not None},
-        sha256=weights_sha256(pipeline.name),
-        device=pipeline.device,
-        dtype=pipeline.dtype,
-    )
+    record = smooth_record(pipeline, settings, weights_sha256(pipeline.name))
     start = time.perf_counter()
     with progress_bar() as bar:
         task = bar.add_task(f"{Path(pipeline.name).name}  x{factor}", total=None)
@@ -284,7 +279,7 @@ def reconstruct_clip(
         "",
         0,
         settings={"num_frames": frames.shape[1], "frame_rate": rate},
-        tokens=_recordable(tokens),
+        tokens=recordable(tokens),
         tokenizer=tokenizer_name,
         device=tokenizer.device,
         dtype=tokenizer.dtype,
@@ -358,7 +353,7 @@ def stream(
     prompt: str | None,
     scenes: list[tuple[str, float]] | None,
     image: Path | None,
-    go_on: Path | None,
+    go_on: Path | Video | None,
     seed: int,
     settings: dict[str, Any],
 ) -> Any:
@@ -390,7 +385,7 @@ def rerun(file: Path, record: dict[str, Any], model: str) -> dict[str, Any]:
         frames, rate, tokens = _decode_again(file, record, model)
     elif record["pipeline"] in ("TextToVideoPipeline", "ClassToVideoPipeline"):
         output = _draw_again(file, record, model)
-        frames, rate, tokens = output.frames[0], output.frame_rate, _one_round(output)
+        frames, rate, tokens = output.frames[0], output.frame_rate, one_round(output)
         tokens = None if tokens is None else encode_tokens(tokens)
     else:
         raise InputError(f'"{file}" was made by {record["pipeline"]}, which cannot be rerun here.')
@@ -421,40 +416,6 @@ def rerun(file: Path, record: dict[str, Any], model: str) -> dict[str, Any]:
     return {**result, "verdict": verdict}
 
 
-def told(scenes: list[tuple[str, float]]) -> str:
-    """A story as one line, as its record keeps it: ``"2 s: a seed falls | 3 s: it grows"``."""
-    from ..modalities.metadata import MAX_TEXT_CHARACTERS
-
-    text = " | ".join(f"{seconds:g} s: {prompt}" for prompt, seconds in scenes)
-    if len(text) > MAX_TEXT_CHARACTERS:
-        raise InputError(
-            f"The story has {len(text):,} characters, the limit is {MAX_TEXT_CHARACTERS:,}: "
-            "shorten it."
-        )
-    return text
-
-
-def scenes_told(text: str) -> list[tuple[str, float]]:
-    """Undoes `told`."""
-    _, *parts = _SCENE.split(text)
-    return list(zip(parts[1::2], map(float, parts[::2]), strict=True))
-
-
-def _scene(text: str) -> tuple[str, float]:
-    """``"2: a seed falls"`` -> its prompt and seconds."""
-    from ..modalities.text import clean_prompt
-
-    start, _, prompt = text.partition(":")
-    try:
-        seconds = float(start.strip().removesuffix("s"))
-    except ValueError as error:
-        raise InputError(
-            f'"{text[:60]}" is no scene: write how long it lasts and what happens, for example '
-            '--story "2: a seed falls".'
-        ) from error
-    return clean_prompt(prompt), seconds
-
-
 def _paths(out: str | None, what: str, seeds: list[int], force: bool) -> list[Path]:
     folder = output_folder(out)
     if folder is None:
@@ -475,16 +436,6 @@ def _paths(out: str | None, what: str, seeds: list[int], force: bool) -> list[Pa
     return paths
 
 
-def _one_round(output: VideoPipelineOutput) -> Tensor | None:
-    """The tokens of a clip that was written in one round, if a record holds them."""
-    return _recordable(output.tokens[0][0].cpu()) if len(output.tokens) == 1 else None
-
-
-def _recordable(tokens: Tensor) -> Tensor | None:
-    fits = not tokens.dtype.is_floating_point and len(tokens) <= MAX_RECORD_TOKENS
-    return tokens if fits else None
-
-
 def _save(
     pipeline: VideoGenerationPipeline,
     output: VideoPipelineOutput,
@@ -495,38 +446,17 @@ def _save(
     loop: bool,
     force: bool,
     metadata: bool,
-    begins_with: Path | None,
+    begins_with: str | None,
+    story: bool,
 ) -> dict[str, Any]:
     """Write a clip, and tell of it."""
-    from ..modalities.metadata import make_record
     from ..modalities.video import save_video
 
-    kept = {key: value for key, value in settings.items() if value is not None}
-    frames, seed = output.frames[0], output.seeds[0]
-    if pipeline.condition == "class":
-        kept["class_label"] = pipeline.class_label(what)
-        what = pipeline.class_name(kept["class_label"])
-    if begins_with is not None:
-        kept["begins_with"] = begins_with.name
-    if _SCENE.match(what):
-        kept["story"] = 1
-    record = make_record(
-        type(pipeline).__name__,
-        pipeline.name,
-        what,
-        seed,
-        0,
-        {**kept, "num_frames": frames.shape[1]},
-        _one_round(output),
-        pipeline.name,
-        sha256=sha256,
-        device=pipeline.device,
-        dtype=pipeline.dtype,
-    )
+    record = clip_record(pipeline, output, what, settings, sha256, begins_with, story)
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = record if metadata else None
-    save_video(frames, path, output.frame_rate, record, loop=loop, overwrite=force)
-    shown = {"prompt": what, "seed": seed, "frames": frames.shape[1]}
+    frames, kept = output.frames[0], record if metadata else None
+    save_video(frames, path, output.frame_rate, kept, loop=loop, overwrite=force)
+    shown = {"prompt": record["prompt"], "seed": record["seed"], "frames": frames.shape[1]}
     return {"path": str(path), **shown, "frame_rate": output.frame_rate}
 
 
@@ -553,6 +483,8 @@ def _draw_again(file: Path, record: dict[str, Any], model: str) -> VideoPipeline
         task = bar.add_task(f"{Path(model).name}  rerun", total=None)
         for partial in stream(pipeline, prompt, scenes, None, None, record["seed"], options):
             bar.update(task, completed=partial.step, total=partial.total)
+            if partial.step == settings.get("stopped_at"):
+                return partial.finish()
     return partial.output
 
 

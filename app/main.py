@@ -39,6 +39,7 @@ from tessera.app.tabs.models import models_tab, models_table  # noqa: E402
 from tessera.app.tabs.picture import picture_tab  # noqa: E402
 from tessera.app.tabs.reconstruct import reconstruct_tab  # noqa: E402
 from tessera.app.tabs.sound import sound_tab  # noqa: E402
+from tessera.app.tabs.video import video_tab  # noqa: E402
 from tessera.app.tabs.widgets import ACTION, QUIET, asset, markup, owner_key  # noqa: E402
 from tessera.modalities.errors import InputError  # noqa: E402
 from tessera.weights.registry import list_models  # noqa: E402
@@ -102,7 +103,9 @@ def build(studio: Studio) -> gr.Blocks:
                     studio, card, owner, saved, headline, lambda: headline_html(studio), tabs
                 )
             with gr.Tab("Sound", id="sound"):
-                sounds = sound_tab(studio, owner)
+                shown = sound_tab(studio, owner)
+            with gr.Tab("Video", id="video"):
+                shown += video_tab(studio, owner)
             with gr.Tab("Tokens", id="tokens"):
                 reconstructions, watch_reconstructions = reconstruct_tab(studio, owner)
             with gr.Tab("Edit", id="edit-tab"):
@@ -137,7 +140,7 @@ def build(studio: Studio) -> gr.Blocks:
             (watch_reconstructions, reconstructions),
             (watch_edits, edits),
             (watch_sheets, sheets),
-            *sounds,
+            *shown,
         ):
             attached.success(watch, owner, jobs, trigger_mode="multiple", **ACTION)
     return demo

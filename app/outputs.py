@@ -1,4 +1,5 @@
-"""The outputs folder: ``YYYY-MM-DD/HHMMSS_<slug>_<seed>.png``, and ``trash/`` for what was deleted."""
+"""The outputs folder: ``YYYY-MM-DD/HHMMSS_<slug>_<seed>.png`` (sounds ``.wav``, clips ``.webp``, ``.mp4``),
+and ``trash/`` for what was deleted."""
 
 from __future__ import annotations
 
@@ -11,19 +12,23 @@ from typing import Any
 
 from PIL import Image
 
+from ..modalities.audio import AUDIO_SUFFIXES
 from ..modalities.errors import InputError
-from ..modalities.image import PICTURE_SUFFIXES, read_record, save_image
+from ..modalities.image import PICTURE_SUFFIXES, save_image
+from ..modalities.records import read_record
+from ..modalities.video import VIDEO_SUFFIXES
 from .commands_shared import slug
 
 TRASH = "trash"
+SUFFIXES = (*PICTURE_SUFFIXES, ".apng", *AUDIO_SUFFIXES, *VIDEO_SUFFIXES)
 _DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
 class Outputs:
-    """Saves, lists and deletes made pictures.
+    """Saves, lists and deletes made pictures, clips and sounds.
 
     Args:
-        folder: made when the first picture is saved.
+        folder: made when the first file is saved.
         metadata: whether the files carry how they were made.
     """
 
@@ -37,17 +42,17 @@ class Outputs:
         Raises:
             OSError: the disk is full or the folder cannot be written.
         """
-        path = self.new_path(record, ".png")
+        path = self.new_path(record["prompt"], record["seed"], ".png")
         save_image(image, path, record if self.metadata else None)
         return path
 
-    def new_path(self, record: dict[str, Any], suffix: str) -> Path:
+    def new_path(self, title: str, seed: int, suffix: str) -> Path:
         """A file name of today that is not there yet; its folder is made."""
         now = datetime.now()
         day = self.folder / now.strftime("%Y-%m-%d")
         day.mkdir(parents=True, exist_ok=True)
-        nothing = "picture" if suffix == ".png" else "sound"
-        stem = f"{now:%H%M%S}_{slug(record['prompt'], nothing)}_{record['seed']}"
+        nothing = {".png": "picture", ".wav": "sound"}.get(suffix, "clip")
+        stem = f"{now:%H%M%S}_{slug(title, nothing)}_{seed}"
         path, number = day / f"{stem}{suffix}", 2
         while path.exists():
             path, number = day / f"{stem}-{number}{suffix}", number + 1
@@ -62,7 +67,7 @@ class Outputs:
                     (
                         entry.name
                         for entry in entries
-                        if entry.name.lower().endswith(PICTURE_SUFFIXES)
+                        if entry.name.lower().endswith(SUFFIXES)
                         and not entry.name.startswith(".")
                         and entry.is_file(follow_symlinks=False)
                     ),
@@ -76,27 +81,27 @@ class Outputs:
         """The file of a name that came from a page.
 
         Raises:
-            InputError: no such picture in the folder.
+            InputError: no such file in the folder.
         """
         day, _, file = name.partition("/")
         path = self.folder / day / file
         if (
             not _DAY.fullmatch(day)
             or file != Path(file).name
-            or not file.lower().endswith(PICTURE_SUFFIXES)
+            or not file.lower().endswith(SUFFIXES)
             or path.is_symlink()
             or not path.is_file()
         ):
-            raise InputError(f'There is no picture "{name[:80]}" any more: refresh the list.')
+            raise InputError(f'There is no file "{name[:80]}" any more: refresh the list.')
         return path
 
     def record(self, name: str) -> dict[str, Any] | None:
-        """How the picture was made, where its file says so."""
+        """How it was made, where its file says so."""
         path = self.path(name)
         return _cached_record(path, path.stat().st_mtime_ns)
 
     def delete(self, name: str) -> Path:
-        """Move a picture to the trash; returns where it lies now."""
+        """Move a file to the trash; returns where it lies now."""
         path = self.path(name)
         target = self.folder / TRASH / path.parent.name / path.name
         number = 2
@@ -106,10 +111,10 @@ class Outputs:
         return path.rename(target)
 
     def restore(self, trashed: Path) -> str:
-        """Take a picture that `delete` moved back; returns its name.
+        """Take a file that `delete` moved back; returns its name.
 
         Raises:
-            InputError: it is gone, or another picture has its name now.
+            InputError: it is gone, or another file has its name now.
         """
         name = f"{trashed.parent.name}/{trashed.name}"
         target = self.folder / trashed.parent.name / trashed.name
@@ -124,11 +129,19 @@ class Outputs:
     def _matches(self, name: str, wanted: list[str]) -> bool:
         try:
             record = self.record(name)
-        except InputError:  # Not a picture after all, or gone meanwhile.
+        except InputError:  # Not what its name says, or gone meanwhile.
             record = None
         settings = (record or {}).get("settings", {})
         text = f"{name} {(record or {}).get('prompt') or ''} {settings.get('style') or ''}"
         return all(word in text.casefold() for word in wanted)
+
+
+def medium(path: str | Path) -> str:
+    """What a browser shows a file with: "picture" (animations too), "video" or "sound"."""
+    suffix = Path(path).suffix.lower()
+    return {**dict.fromkeys(AUDIO_SUFFIXES, "sound"), **dict.fromkeys(VIDEO_SUFFIXES, "video")}.get(
+        suffix, "picture"
+    )
 
 
 def _folders(root: Path) -> list[Path]:

@@ -156,7 +156,7 @@ class SpeechJob(AudioJob):
         outputs = self.studio.outputs(self.owner)
         sha256 = weights_sha256(pipeline.name)
         record = speech_record(pipeline, self.line, item.seed, settings, sha256)
-        path = outputs.new_path(record, ".wav")
+        path = outputs.new_path(record["prompt"], record["seed"], ".wav")
         with write_audio(path, self.rate, 1, record if outputs.metadata else None) as writer:
             for chunk in chain([first], chunks):
                 writer.write(chunk.audio)
@@ -235,7 +235,7 @@ class SoundJob(AudioJob):
             record = sound_record(
                 pipeline, self.caption, item.seed, index, settings, count, tokens, sha256
             )
-            path = outputs.new_path(record, ".wav")
+            path = outputs.new_path(record["prompt"], record["seed"], ".wav")
             save_audio(audio, made.sample_rate, path, record if outputs.metadata else None)
             self._finish(item, path, audio, made.sample_rate)
 

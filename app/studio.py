@@ -19,6 +19,7 @@ from .faults import explain
 from .jobs import JobQueue
 from .outputs import Outputs
 from .sound_models import SoundModels
+from .video_models import VideoModels
 
 if TYPE_CHECKING:
     from ..pipelines.image_generation import ImageGenerationPipeline
@@ -90,7 +91,7 @@ class Studio:
         metadata: whether they carry how they were made.
         shared: strangers use the same server (a Space): everyone sees only what is their own, and
             nothing outlives the server.
-        sounds: the models of sound; default: the shipped ones.
+        sounds, videos: the models of sound and of video; default: those that are there.
 
     Raises:
         InputError: no model of that name.
@@ -103,9 +104,10 @@ class Studio:
         metadata: bool = True,
         shared: bool = False,
         sounds: SoundModels | None = None,
+        videos: VideoModels | None = None,
     ):
         self.model, self.shared, self.metadata = model, shared, metadata
-        self.sounds = sounds or SoundModels()
+        self.sounds, self.videos = sounds or SoundModels(), videos or VideoModels()
         self.boot = secrets.token_hex(4)  # Tells a page that it talks to a new server.
         self.source = resolve_model(model)
         self._scratch = tempfile.TemporaryDirectory(prefix="tessera-", ignore_cleanup_errors=True)

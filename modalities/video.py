@@ -639,7 +639,10 @@ class _DecordDecoder:
         # Fails where rows are padded, as in narrow frames: another decoder's work.
         self.height, self.width = reader.get_batch([0]).shape[1:3]
         self.times = spans[:, 0] - spans[0, 0]
-        self.duration = float(spans[-1, 1] - spans[0, 0])
+        last = spans[-1, 1] - spans[-1, 0]
+        if last <= 0 and len(spans) > 1:  # Files need not say how long the last frame is shown.
+            last = np.median(np.diff(self.times))
+        self.duration = float(self.times[-1] + (last if last > 0 else 1.0))
 
     def frames(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         import decord

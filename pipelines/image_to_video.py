@@ -73,7 +73,15 @@ class ImageToVideoPipeline(VideoGenerationPipeline):
         """See `VideoGenerationPipeline.from_pretrained`; models of `TextToVideoPipeline` load too."""
         if condition_of(name) != "text":
             return super().from_pretrained(name, files, **options)
-        other = TextToVideoPipeline.from_pretrained(name, files, **options)
+        return cls.from_text_pipeline(TextToVideoPipeline.from_pretrained(name, files, **options))
+
+    @classmethod
+    def from_text_pipeline(cls, other: TextToVideoPipeline) -> ImageToVideoPipeline:
+        """The same models, behind a picture.
+
+        Raises:
+            InputError: its generator cannot go on from a picture.
+        """
         pipeline = cls(
             **other.components,
             num_frames=other.config.num_frames,

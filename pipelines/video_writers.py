@@ -33,9 +33,11 @@ class VideoWriter(ABC):
         step: frames of a step in time; clips have ``1 + k step``.
         window: frames of the longest clip; None where there is no limit.
         continues: whether a clip can begin with given frames.
+        in_order: whether frames come one after the other, each finished.
     """
 
     conditions: ClassVar[tuple[str, ...]]
+    in_order: ClassVar[bool] = False
     continues: bool = True
     window: int | None = None
 
@@ -116,6 +118,7 @@ class BlockWriter(VideoWriter):
     """NBP: ids in the order of time, so what is there can be seen."""
 
     conditions = ("text",)
+    in_order = True
 
     def __init__(self, tokenizer: Tokenizer, generator: NBP):
         super().__init__(tokenizer, generator)

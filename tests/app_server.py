@@ -12,7 +12,9 @@ from tessera.app.jobs import Job
 from tessera.app.main import build, serve
 from tessera.app.sound_models import SoundModels
 from tessera.app.studio import Studio
+from tessera.app.video_models import VideoModels
 from tessera.tests.tiny import tiny_pipeline, tiny_sound, tiny_voice
+from tessera.tests.tiny_video import tiny_block_pipeline, tiny_interpolation, tiny_masked_pipeline
 
 
 @dataclass
@@ -61,11 +63,22 @@ def held(server: Server) -> None:
 @contextmanager
 def tiny_studio(folder: Path) -> Iterator[Server]:
     """A studio with the model loaded, without a page."""
-    for name, make in (("tiny-voice", tiny_voice), ("tiny-sound", tiny_sound)):
+    for name, make in (
+        ("tiny-voice", tiny_voice),
+        ("tiny-sound", tiny_sound),
+        ("tiny-blocks", tiny_block_pipeline),
+        ("tiny-masked", tiny_masked_pipeline),
+        ("tiny-between", tiny_interpolation),
+    ):
         if not (folder / name).exists():
             make().save_pretrained(folder / name)
     sounds = SoundModels(str(folder / "tiny-voice"), str(folder / "tiny-sound"))
-    studio = Studio(str(tiny_model(folder / "tiny")), folder / "outputs", sounds=sounds)
+    videos = VideoModels(
+        [folder / "tiny-blocks", folder / "tiny-masked"], [folder / "tiny-between"]
+    )
+    studio = Studio(
+        str(tiny_model(folder / "tiny")), folder / "outputs", sounds=sounds, videos=videos
+    )
     studio.start()
     server = Server(studio)
     held(server)

@@ -443,7 +443,7 @@ def test_delete_moves_to_the_trash_and_undo_brings_back(outputs):
 def test_names_from_a_page_stay_in_the_folder(outputs, name):
     Image.new("RGB", (8, 8)).save(outputs.folder.parent / "secret.png")
     (outputs.folder / "2020-01-31").mkdir(exist_ok=True)
-    with pytest.raises(InputError, match="There is no picture"):
+    with pytest.raises(InputError, match="There is no file"):
         outputs.path(name)
 
 
@@ -574,7 +574,8 @@ def test_client_gets_one_sentence(client):
 
 def test_only_the_documented_endpoints_are_public(client):
     info = client.view_api(print_info=False, return_format="dict")
-    assert set(info["named_endpoints"]) == {"/image", "/models", "/sound", "/speech"}
+    videos = {"/video", "/story", "/interpolate"}
+    assert set(info["named_endpoints"]) == {"/image", "/models", "/sound", "/speech", *videos}
     assert not info["unnamed_endpoints"]
     assert "flextok-d12-d12" in client.predict("flextok*", api_name="/models")
 

@@ -244,7 +244,7 @@ def test_library_filters_deletes_and_takes_back(page, server):
     expect(page.locator("#details-table")).to_contain_text("yellow triangle")
     page.locator("#details").get_by_role("button", name="Delete").click()
     expect(shelf).to_have_count(0)
-    expect(page.locator("#shelf")).to_contain_text("No picture matches")
+    expect(page.locator("#shelf")).to_contain_text("Nothing matches")
     assert (server.studio.folder / "trash" / name).is_file()
     page.get_by_role("button", name="Undo delete").click()
     expect(shelf).to_have_count(1)

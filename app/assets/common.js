@@ -12,6 +12,28 @@ function fileUrl(path) {
   return `${root}/gradio_api/file=${path.split("/").map(encodeURIComponent).join("/")}`;
 }
 
+// A file as what plays it: a picture or animation, a video that loops, or a sound.
+function medium(path, kind) {
+  const node = make({ video: "video", sound: "audio" }[kind] || "img");
+  if (kind === "video") Object.assign(node, { muted: true, loop: true, autoplay: true, playsInline: true });
+  if (kind === "video" || kind === "sound") node.controls = true;
+  else node.alt = path.split("/").pop();
+  node.src = fileUrl(path);
+  return node;
+}
+
+// Links to the files of one thing in several formats: format -> file.
+function downloads(files, names = {}) {
+  return Object.entries(files).map(([kind, file]) => {
+    const name = names[kind] || kind.toUpperCase();
+    const link = make("a", "ts-download", name);
+    link.href = fileUrl(file);
+    link.download = file.split("/").pop();
+    link.setAttribute("aria-label", `Download ${name}`);
+    return link;
+  });
+}
+
 function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }

@@ -1,7 +1,7 @@
 // Keys for the whole page, and the theme switch.
 document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
-    const buttons = [...document.querySelectorAll("#create, #speak, #make-sound")];
+    const buttons = [...document.querySelectorAll("#create, #speak, #make-sound, #make-clip, #tell, #make-smooth")];
     buttons.find((button) => button.offsetParent)?.click();
   } else if (event.key === "Escape" && document.querySelector("#ask[data-busy]")) {
     document.querySelector("#stop")?.click();

@@ -139,15 +139,7 @@ function updateItem(tile, item, job, active) {
   if (active || tile.files === key) return;
   tile.files = key;
   if (item.files.wav && !tile.audio.src) tile.audio.src = fileUrl(item.files.wav);
-  tile.links.replaceChildren(
-    ...Object.entries(item.files).map(([kind, file]) => {
-      const link = make("a", "ts-download", kind.toUpperCase());
-      link.href = fileUrl(file);
-      link.download = file.split("/").pop();
-      link.setAttribute("aria-label", `Download ${kind.toUpperCase()}`);
-      return link;
-    })
-  );
+  tile.links.replaceChildren(...downloads(item.files));
 }
 
 function updateEntry(entry, job) {

@@ -9,7 +9,7 @@ import gradio as gr
 
 from ...modalities.errors import InputError
 from ..faults import guarded
-from ..outputs import TRASH
+from ..outputs import TRASH, medium
 from ..studio import Card, Studio
 from .widgets import (
     ACTION,
@@ -22,27 +22,32 @@ from .widgets import (
 )
 
 PAGE = 60
+# What the Picture tab can make again.
+PICTURES = ("TextToImagePipeline", "ClassToImagePipeline")
 NOTHING = "Nothing made yet. Everything you create is kept here."
 _TEMPLATE = '<div class="ts-empty"><p></p></div><div class="ts-shelf"></div>'
 
 
 def shelf(studio: Studio, owner: str, text: str, pages: int, chosen: str = "") -> dict[str, Any]:
-    """The value of the shelf component: the newest pictures whose prompt or name has the text."""
+    """The value of the shelf component: the newest files whose prompt or name has the text."""
     outputs = studio.outputs(owner)
     names = outputs.names(text or "")
     shown = names[: PAGE * pages]
     return {
-        "files": [{"name": name, "path": str(outputs.folder / name)} for name in shown],
+        "files": [
+            {"name": name, "path": str(outputs.folder / name), "kind": medium(name)}
+            for name in shown
+        ],
         "more": len(names) - len(shown),
         "chosen": chosen,
-        "note": f"No picture matches “{text}”." if text else NOTHING,
+        "note": f"Nothing matches “{text}”." if text else NOTHING,
     }
 
 
 def library_tab(
     studio: Studio, card: Card, owner: gr.BrowserState, inputs: PictureInputs, tabs: gr.Tabs
 ) -> tuple[list[Any], list[Any], Any]:
-    """Returns inputs, outputs and handler that show the newest pictures."""
+    """Returns inputs, outputs and handler that show the newest files."""
     pages, chosen, record, trashed = gr.State(1), gr.State(""), gr.State(None), gr.State("")
     with gr.Row(elem_classes="ts-bench"):
         with gr.Column(scale=3, min_width=0, elem_classes="ts-results"):
@@ -63,8 +68,11 @@ def library_tab(
             older = gr.Button("Older", visible=False, elem_id="older")
         with gr.Column(scale=1, min_width=240, elem_classes="ts-settings"):
             with gr.Group(visible=False, elem_id="details") as details:
+                player = component(
+                    "player.js", '<div class="ts-player"></div>', {"path": "", "kind": ""}
+                )
                 table = markup(elem_id="details-table")
-                with gr.Row(elem_classes="ts-choices"):
+                with gr.Row(elem_classes="ts-choices") as uses:
                     names = {"all": "Use all", "prompt": "Use prompt", "seed": "Use seed"}
                     choices = {what: gr.Button(text, size="sm") for what, text in names.items()}
                 with gr.Row(elem_classes="ts-choices"):
@@ -92,17 +100,20 @@ def library_tab(
         outputs, picked = studio.outputs(owner), str(event.name)
         found = outputs.record(picked)
         text = record_table(found) or '<p class="ts-hint">This file has no Tessera settings.</p>'
+        path, drawn = outputs.path(picked), found is not None and found["pipeline"] in PICTURES
         return (
             picked,
             found,
             gr.Group(visible=True),
             text,
-            gr.DownloadButton(value=outputs.path(picked)),
+            gr.DownloadButton(value=path),
+            {"path": str(path), "kind": medium(path)},
+            gr.Row(visible=drawn),
         )
 
     def throw_away(owner: str, text: str, count: int, picked: str) -> tuple[Any, ...]:
         if not picked:
-            raise InputError("Choose a picture first.")
+            raise InputError("Choose a file first.")
         moved = studio.outputs(owner).delete(picked)
         gone = "/".join(moved.parts[-2:])
         return (
@@ -134,7 +145,7 @@ def library_tab(
     pictures.choose(
         guarded(choose),
         owner,
-        [chosen, record, details, table, download],
+        [chosen, record, details, table, download, player, uses],
         trigger_mode="always_last",
         **ACTION,
     )

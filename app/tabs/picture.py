@@ -411,33 +411,33 @@ def image_endpoint(studio: Studio, card: Card) -> None:
         if len(values) > 1:
             raise InputError("This endpoint makes one prompt at a time: leave out the braces.")
         job = PictureJob(studio, secrets.token_hex(16), values[0])
-        studio.jobs.submit(job)
-        try:
-            async for state in follow(studio, job, api_state):
-                yield state
-        finally:
-            job.cancel.set()
+        async for state in run_for_program(studio, job, api_state):
+            yield state
 
     gr.api(guarded(image), api_name="image", concurrency_limit=None)
 
 
-async def follow(
+async def run_for_program(
     studio: Studio, job: Job, state: Callable[[Studio, Any], dict[str, Any]]
 ) -> AsyncIterator[dict[str, Any]]:
-    """The states of a job for a program, until it has ended.
+    """Queue a job and yield its states until it has ended; closing the iterator stops it.
 
     Raises:
         InputError: it failed.
     """
+    studio.jobs.submit(job)
     seen = None
-    while True:
-        pending, version = job.pending, studio.jobs.version
-        if version != seen:
-            seen = version
-            yield state(studio, job)
-        if not pending:
-            break
-        await asyncio.sleep(POLL_SECONDS)
+    try:
+        while True:
+            pending, version = job.pending, studio.jobs.version
+            if version != seen:
+                seen = version
+                yield state(studio, job)
+            if not pending:
+                break
+            await asyncio.sleep(POLL_SECONDS)
+    finally:
+        job.cancel.set()
     if job.error:
         raise InputError(job.error)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,16 @@ from ..codec_job import CodecJob
 from ..faults import guarded
 from ..sound_job import AudioJob, SoundJob, SpeechJob
 from ..studio import Studio
-from .picture import follow, seed_number
+from .picture import run_for_program, seed_number
 from .widgets import (
-    ACTION,
     QUIET,
+    Shown,
+    connect,
     jobs_component,
     markup,
+    missing,
     owner_key,
-    stop_first,
     stop_named,
-    watcher,
 )
 
 MAX_CHARACTERS = 5_000
@@ -40,9 +40,6 @@ CAPTION = "a plucked guitar playing a C major chord"
 _SAY = "<p>Type a text: it is heard while it is made.</p>"
 _MAKE = "<p>Say what it should sound like.</p>"
 _COMPARE = "<p>Record something or drop a file to hear what each codec keeps of it.</p>"
-
-# What shows the jobs of a kind: the handler that watches them, and the component.
-Shown = tuple[Any, gr.HTML]
 
 
 def speech_job(
@@ -124,39 +121,9 @@ def sound_tab(studio: Studio, owner: gr.BrowserState) -> list[Shown]:
     return shown
 
 
-def _missing(what: str) -> list[Shown]:
-    markup(f'<p class="ts-hint">No model of {what} is on this computer.</p>')
-    return []
-
-
-def _connect(
-    studio: Studio,
-    kind: str,
-    owner: gr.BrowserState,
-    triggers: list[Any],
-    start: Any,
-    inputs: list[Any],
-    outputs: list[Any],
-    jobs: gr.HTML,
-    stop: gr.Button,
-) -> list[Shown]:
-    """Triggers start a job, the page watches it, Stop stops it."""
-    watch = watcher(studio, kind)
-    gr.on(
-        triggers,
-        guarded(start),
-        [owner, *inputs],
-        [owner, *outputs],
-        trigger_mode="multiple",
-        **ACTION,
-    ).success(watch, owner, jobs, trigger_mode="multiple", **ACTION)
-    stop.click(stop_first(studio, kind), owner, **QUIET)
-    return [(watch, jobs)]
-
-
 def _speech_part(studio: Studio, owner: gr.BrowserState) -> list[Shown]:
     if not studio.sounds.found("voice"):
-        return _missing("a voice")
+        return missing("a voice")
     voices = list(studio.sounds.generator_config("voice")["speakers"])
     with gr.Row(elem_classes="ts-bench"):
         with gr.Column(scale=3, min_width=0, elem_classes="ts-results"):
@@ -184,19 +151,19 @@ def _speech_part(studio: Studio, owner: gr.BrowserState) -> list[Shown]:
     ) -> dict[str, Any]:
         """Speak a text; yields the state with every piece of sound, at last the file."""
         job = speech_job(studio, secrets.token_hex(16), text, voice, speed, seed)
-        async for state in _followed(studio, job):
+        async for state in run_for_program(studio, job, api_state):
             yield state
 
     gr.api(guarded(speech), api_name="speech", concurrency_limit=None)
     jobs.stop_job(stop_named(studio), owner, trigger_mode="multiple", **QUIET)
     inputs = [text, voice, speed, seed]
     triggers = [go.click, text.submit, seed.submit]
-    return _connect(studio, "speech", owner, triggers, start, inputs, [text], jobs, stop)
+    return connect(studio, "speech", owner, triggers, start, inputs, [text], jobs, stop)
 
 
 def _sound_part(studio: Studio, owner: gr.BrowserState) -> list[Shown]:
     if not studio.sounds.found("sound"):
-        return _missing("sounds")
+        return missing("sounds")
     longest = studio.sounds.generator_config("sound")["max_seconds"]
     with gr.Row(elem_classes="ts-bench"):
         with gr.Column(scale=3, min_width=0, elem_classes="ts-results"):
@@ -233,20 +200,20 @@ def _sound_part(studio: Studio, owner: gr.BrowserState) -> list[Shown]:
     ) -> dict[str, Any]:
         """Make sounds of a caption; yields the state after every frame, at last the files."""
         job = sound_job(studio, secrets.token_hex(16), caption, seconds, count, seed)
-        async for state in _followed(studio, job):
+        async for state in run_for_program(studio, job, api_state):
             yield state
 
     gr.api(guarded(sound), api_name="sound", concurrency_limit=None)
     jobs.stop_job(stop_named(studio), owner, trigger_mode="multiple", **QUIET)
     inputs = [caption, seconds, count, seed]
     triggers = [go.click, caption.submit, seed.submit]
-    return _connect(studio, "sound", owner, triggers, start, inputs, [caption], jobs, stop)
+    return connect(studio, "sound", owner, triggers, start, inputs, [caption], jobs, stop)
 
 
 def _codec_part(studio: Studio, owner: gr.BrowserState) -> list[Shown]:
     names = studio.sounds.codec_names()
     if not names:
-        return _missing("a codec")
+        return missing("a codec")
     with gr.Row(elem_classes="ts-bench"):
         with gr.Column(scale=3, min_width=0, elem_classes="ts-results"):
             jobs = jobs_component("codecs.js", _COMPARE, elem_id="codecs")
@@ -272,16 +239,7 @@ def _codec_part(studio: Studio, owner: gr.BrowserState) -> list[Shown]:
         return owner
 
     inputs = [recording, codecs]
-    return _connect(studio, "codecs", owner, [go.click], start, inputs, [], jobs, stop)
-
-
-async def _followed(studio: Studio, job: AudioJob) -> AsyncIterator[dict[str, Any]]:
-    studio.jobs.submit(job)
-    try:
-        async for state in follow(studio, job, api_state):
-            yield state
-    finally:
-        job.cancel.set()
+    return connect(studio, "codecs", owner, [go.click], start, inputs, [], jobs, stop)
 
 
 def api_state(studio: Studio, job: AudioJob) -> dict[str, Any]:

@@ -33,7 +33,17 @@ _SETTING_LABELS = {
     "temperature": "Temperature",
     "top_k": "Top-k",
     "top_p": "Top-p",
+    "num_frames": "Frames",
+    "frame_rate": "Frames a second",
+    "begins_with": "Begins with",
+    "factor": "Times as many frames",
+    "voice": "Voice",
+    "speed": "Speed",
+    "seconds": "Seconds",
 }
+
+# What shows the jobs of a kind: the handler that watches them, and the component.
+Shown = tuple[Any, gr.HTML]
 
 # An event that cannot fail: past the queue, whose path alone shows errors on the page.
 QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -283,3 +293,34 @@ def stop_named(studio: Studio) -> Callable[..., None]:
             studio.jobs.stop(job)
 
     return guarded(stop)
+
+
+def missing(what: str) -> list[Shown]:
+    """One line in place of a screen."""
+    markup(f'<p class="ts-hint">No model of {what} is on this computer.</p>')
+    return []
+
+
+def connect(
+    studio: Studio,
+    kind: str,
+    owner: gr.BrowserState,
+    triggers: list[Any],
+    start: Any,
+    inputs: list[Any],
+    outputs: list[Any],
+    jobs: gr.HTML,
+    stop: gr.Button,
+) -> list[Shown]:
+    """Triggers start a job, the page watches it, Stop stops it; returns what shows such jobs."""
+    watch = watcher(studio, kind)
+    gr.on(
+        triggers,
+        guarded(start),
+        [owner, *inputs],
+        [owner, *outputs],
+        trigger_mode="multiple",
+        **ACTION,
+    ).success(watch, owner, jobs, trigger_mode="multiple", **ACTION)
+    stop.click(stop_first(studio, kind), owner, **QUIET)
+    return [(watch, jobs)]

@@ -251,7 +251,7 @@ def video_tab(studio: Studio, owner: gr.BrowserState) -> list[Shown]:
     """Returns what shows the jobs of each part."""
     with gr.Tabs(elem_id="video-tabs") as tabs:
         with gr.Tab("Clip", id="clip"):
-            clips, begin, shown = _clip_part(studio, owner)
+            clips, begin, opened, shown = _clip_part(studio, owner)
         with gr.Tab("Story", id="story"):
             stories, more = _story_part(studio, owner)
             shown += more
@@ -265,15 +265,15 @@ def video_tab(studio: Studio, owner: gr.BrowserState) -> list[Shown]:
             raise InputError("This job is gone: its clips are in the Library.")
         return job.items[index].files["webp"]
 
-    def go_on(owner: str, event: gr.EventData) -> tuple[str, gr.Tabs]:
-        return file_of(owner, event), gr.Tabs(selected="clip")
+    def go_on(owner: str, event: gr.EventData) -> tuple[str, gr.Accordion, gr.Tabs]:
+        return file_of(owner, event), gr.Accordion(open=True), gr.Tabs(selected="clip")
 
     def smoothen(owner: str, event: gr.EventData) -> tuple[str, gr.Tabs]:
         return file_of(owner, event), gr.Tabs(selected="smoother")
 
     for jobs in (clips, stories):
         if jobs is not None:
-            jobs.go_on(guarded(go_on), owner, [begin, tabs], **ACTION)
+            jobs.go_on(guarded(go_on), owner, [begin, opened, tabs], **ACTION)
             if recording is not None:
                 jobs.smoothen(guarded(smoothen), owner, [recording, tabs], **ACTION)
     return shown
@@ -320,10 +320,11 @@ def _fine_settings() -> tuple[gr.Number, gr.Number]:
 
 def _clip_part(
     studio: Studio, owner: gr.BrowserState
-) -> tuple[gr.HTML | None, gr.File | None, list[Shown]]:
+) -> tuple[gr.HTML | None, gr.File | None, gr.Accordion | None, list[Shown]]:
+    """Returns the list of jobs, the file to begin with and what opens it, what shows the jobs."""
     names = studio.videos.clip_names()
     if not names:
-        return None, None, missing("moving pictures")
+        return None, None, None, missing("moving pictures")
     with gr.Row(elem_classes="ts-bench"):
         with gr.Column(scale=3, min_width=0, elem_classes="ts-results"):
             jobs = jobs_component("video.js", _MAKE, elem_id="clips")
@@ -343,7 +344,9 @@ def _clip_part(
                 list(range(1, MAX_CLIPS + 1)), value=1, label="Clips", elem_id="clip-count"
             )
             seed = gr.Textbox(label="Seed of the clip", placeholder="random", max_lines=1)
-            with gr.Accordion("Begin with a picture or a clip", open=False, elem_id="begin"):
+            with gr.Accordion(
+                "Begin with a picture or a clip", open=False, elem_id="begin"
+            ) as opened:
                 begin = _file("First frames", "image video", elem_id="begin-file")
             rate, guidance = _fine_settings()
             with gr.Row(elem_classes="ts-choices"):
@@ -388,7 +391,7 @@ def _clip_part(
     inputs = [prompt, model, begin, seconds, rate, guidance, count, seed]
     triggers = [go.click, prompt.submit, seed.submit]
     shown = connect(studio, "clip", owner, triggers, start, inputs, [prompt], jobs, stop)
-    return jobs, begin, shown
+    return jobs, begin, opened, shown
 
 
 def _story_part(studio: Studio, owner: gr.BrowserState) -> tuple[gr.HTML | None, list[Shown]]:

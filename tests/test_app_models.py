@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from gradio import EventData
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
@@ -117,6 +118,21 @@ def test_vary_and_finish_go_on_from_a_picture(studio):
     job = finish(studio, PictureJob(studio, OWNER, others))
     assert all(item.tokens[:3] == list(tokens[:3]) for item in job.items)
     assert read_record(job.items[0].source)["settings"]["keep"] == 3
+
+
+def test_settings_of_a_picture_bring_their_model_along(studio):
+    request = PictureRequest("blue ring", 7, 4, guidance_scale=2.0, num_steps=3, model="maskgit")
+    job = finish(studio, PictureJob(studio, OWNER, request))
+    named = {fn.name: fn.fn for fn in build(studio).fns.values()}
+    event = EventData(None, {"id": job.id, "index": 1, "what": "all"})
+    prompt, _, count, seed, tokens, guidance, _, steps, _, model = named["use_settings"](
+        OWNER, event
+    )
+    assert (prompt.value, count, seed, model) == ("blue ring", 4, "8", "maskgit")
+    assert (guidance.value, steps.value) == (2.0, 3)
+    assert steps.visible and not tokens.visible
+    steps = named["choose_model"]("flowar")[7]
+    assert steps.value == studio.card_of("flowar").num_steps
 
 
 def test_painted_parts_are_drawn_anew(studio):

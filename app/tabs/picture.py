@@ -297,6 +297,29 @@ def picture_tab(
     stop.click(stop_first(studio, "picture"), owner, **QUIET)
     stage.stop_job(stop_named(studio), owner, trigger_mode="multiple", **QUIET)
 
+    def shaped(found: Card, values: list[Any], steps: int | None) -> list[Any]:
+        """The fields as a model takes them, with values of `settings_values`; then steps, examples."""
+        text, look, many, number, tokens, scale, heat = values
+        return [
+            gr.Textbox(value=text, placeholder=found.example),
+            gr.Radio([ANY_STYLE, *found.styles], value=look, visible=bool(found.styles)),
+            many,
+            number,
+            gr.Slider(maximum=found.num_tokens, value=tokens, visible=found.takes_tokens),
+            gr.Slider(maximum=max(10, found.guidance_scale), value=scale),
+            gr.Slider(
+                maximum=max(2, found.temperature or 0),
+                value=heat,
+                visible=found.temperature is not None,
+            ),
+            gr.Slider(
+                maximum=max(100, found.num_steps or 0),
+                value=steps or found.num_steps or 1,
+                visible=found.num_steps is not None,
+            ),
+            gr.Row(visible=not found.num_classes),
+        ]
+
     def use_settings(owner: str, event: gr.EventData) -> list[Any]:
         job = studio.jobs.find(owner, str(event.id))
         index = int(event.index)
@@ -305,43 +328,30 @@ def picture_tab(
         request, seed = job.request, job.items[index].seed
         if event.what == "seed":
             keep = gr.skip()
-            return [keep, keep, keep, str(seed), *[keep] * 3]
+            return [keep, keep, keep, str(seed), *[keep] * 6]
         settings = {
             key: value
             for key in ("style", "num_tokens", "guidance_scale", "temperature")
             if (value := getattr(request, key)) is not None
         }
-        return settings_values(card, request.prompt, seed, request.count, settings)
+        found = studio.card_of(request.model)
+        values = settings_values(found, request.prompt, seed, request.count, settings)
+        return [*shaped(found, values, request.num_steps), request.model or studio.name]
 
-    stage.use_settings(guarded(use_settings), owner, fields, **ACTION)
+    all_fields = [*fields, num_steps, examples]
+    stage.use_settings(guarded(use_settings), owner, [*all_fields, model], **ACTION)
 
-    def choose(name: str) -> list[Any]:
-        """Another model: what it takes, with its usual values."""
+    def choose_model(name: str) -> list[Any]:
+        """Another model: what it takes, with its usual values; prompt, count and seed stay."""
         found = studio.card_of(name)
-        return [
-            gr.Textbox(placeholder=found.example),
-            gr.Radio([ANY_STYLE, *found.styles], value=ANY_STYLE, visible=bool(found.styles)),
-            gr.Slider(
-                maximum=found.num_tokens, value=found.default_num_tokens, visible=found.takes_tokens
-            ),
-            gr.Slider(value=found.guidance_scale, maximum=max(10, found.guidance_scale)),
-            gr.Slider(
-                value=found.temperature or 0,
-                maximum=max(2, found.temperature or 0),
-                visible=found.temperature is not None,
-            ),
-            gr.Slider(
-                value=found.num_steps or 1,
-                maximum=max(100, found.num_steps or 0),
-                visible=found.num_steps is not None,
-            ),
-            gr.Row(visible=not found.num_classes),
-        ]
+        usual = shaped(found, settings_values(found, "", None, 1, {}), None)
+        return [gr.Textbox(placeholder=found.example), usual[1], gr.skip(), gr.skip(), *usual[4:]]
 
-    model.change(
-        guarded(choose),
+    # Of people alone: use_settings brings the values of its model along.
+    model.input(
+        guarded(choose_model),
         model,
-        [prompt, style, num_tokens, guidance, temperature, num_steps, examples],
+        all_fields,
         trigger_mode="always_last",
         **ACTION,
     )

@@ -125,8 +125,8 @@ def settings_values(
         count if count in COUNTS else 1,
         "" if seed is None else str(seed),
         min(settings.get("num_tokens") or card.default_num_tokens, card.num_tokens),
-        min(settings.get("guidance_scale", card.guidance_scale), 10),
-        min(settings.get("temperature", card.temperature), 2),
+        min(settings.get("guidance_scale", card.guidance_scale), max(10, card.guidance_scale)),
+        min(settings.get("temperature", card.temperature or 0), max(2, card.temperature or 0)),
     ]
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..modalities.audio import save_audio, spectrogram_image
 from ..modalities.image import save_image
 from .faults import explain
-from .jobs import Job
+from .jobs import StudioJob
 from .studio import Studio
 
 if TYPE_CHECKING:
@@ -48,7 +46,7 @@ class CodecRow:
     spectrum: str = ""
 
 
-class CodecJob(Job):
+class CodecJob(StudioJob):
     """
     Args:
         audio: ``[1, T]`` at ``rate`` Hz.
@@ -67,8 +65,8 @@ class CodecJob(Job):
         name: str,
         codecs: Sequence[str],
     ):
-        super().__init__(owner)
-        self.studio, self.audio, self.name = studio, audio, name
+        super().__init__(studio, owner)
+        self.audio, self.name = audio, name
         self.original = CodecRow(name, rate=rate)
         self.rows = [CodecRow(codec) for codec in codecs]
 
@@ -87,17 +85,11 @@ class CodecJob(Job):
                 row.error, row.state = explain(error), "failed"
             self.touch()
 
-    def dispose(self) -> None:
-        shutil.rmtree(self.studio.scratch / self.id, ignore_errors=True)
-
     def view(self) -> dict[str, Any]:
         return {
-            "id": self.id,
-            "state": self.state,
+            **super().view(),
             "name": self.name,
             "seconds": round(self.audio.shape[-1] / self.original.rate, 2),
-            "note": self.studio.queue_note(self) if self.state == "queued" else "",
-            "error": self.error,
             "original": vars(self.original).copy(),
             "rows": [vars(row).copy() for row in self.rows],
         }
@@ -117,10 +109,8 @@ class CodecJob(Job):
         self._show(row, result.audios[0])
 
     def _show(self, row: CodecRow, audio: Tensor) -> None:
-        folder: Path = self.studio.scratch / self.id
-        folder.mkdir(exist_ok=True)
         number = 0 if row is self.original else 1 + self.rows.index(row)
-        source, spectrum = folder / f"{number}.wav", folder / f"{number}.webp"
+        source, spectrum = self.scratch / f"{number}.wav", self.scratch / f"{number}.webp"
         save_audio(audio, row.rate, source)
         save_image(spectrogram_image(audio, row.rate), spectrum)
         row.source, row.spectrum = str(source), str(spectrum)

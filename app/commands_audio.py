@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,12 +32,13 @@ from .commands_shared import (
     check_folder,
     check_outputs,
     device,
+    media_path,
+    media_paths,
     note,
     output_folder,
     print_json,
     progress_bar,
     quiet_diffusers,
-    slug,
 )
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def speak(
     seed = random_seed() if seed is None else check_seed(seed)
     path = None if out is None else Path(out)
     if folder is not None:
-        path = sound_path(folder, out, line, seed)
+        path = media_path(folder, out, line, seed, "sound", ".wav")
         check_outputs([path] if path.exists() else [], force)
     pipeline = load_voice(model)
     given = dict(zip(SAMPLING, (guidance, temperature, top_k, top_p), strict=True))
@@ -190,7 +190,7 @@ def sound(
     caption = clean_prompt(caption)
     seed = random_seed() if seed is None else check_seed(seed)
     seeds = [(seed + i) % (MAX_SEED + 1) for i in range(count)]
-    paths = sound_paths(out, caption, seeds, "sounds", force)
+    paths = media_paths(out, caption, seeds, "sound", ".wav", check_audio_suffix, force)
 
     pipeline = load_sound(model)
     given = dict(zip(SAMPLING, (guidance, temperature, top_k, top_p), strict=True))
@@ -357,41 +357,6 @@ def read_text(text: str | None, file: Path | None) -> str:
             f"The text has more than {MAX_TEXT_FILE_CHARACTERS:,} characters: split it."
         )
     return text
-
-
-def sound_path(folder: Path, out: str | None, text: str, seed: int) -> Path:
-    time_of_day = "" if out is not None else datetime.now().strftime("%H%M%S_")
-    return folder / f"{time_of_day}{slug(text, 'sound')}_{seed}.wav"
-
-
-def sound_paths(
-    out: str | None, text: str, seeds: Sequence[int], what: str, force: bool
-) -> list[Path]:
-    """Where the sound of each seed goes, by ``--out``.
-
-    Args:
-        what: they are, in the plural.
-
-    Raises:
-        InputError: one file for several, a suffix that is not of sound, no such folder, or a file
-            that is there already.
-    """
-    folder = output_folder(out)
-    if folder is None:
-        path = Path(out)
-        check_audio_suffix(path)
-        if len(seeds) > 1:
-            raise InputError(
-                f'"{out}" names one file, but {len(seeds)} {what} are to be made: give a folder, '
-                f"-o {path.stem}/."
-            )
-        check_outputs([path], force)
-        return [path]
-    paths = [sound_path(folder, out, text, seed) for seed in seeds]
-    if out is not None:
-        check_folder(folder)
-    check_outputs([path for path in paths if path.exists()][:1], force)
-    return paths
 
 
 def show_saved(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -100,6 +100,52 @@ def check_folder(folder: Path) -> None:
         raise InputError(
             f'Could not write "{folder}": the folder "{folder.parent}" does not exist, create it.'
         )
+
+
+def media_path(
+    folder: Path, out: str | None, title: str, seed: int, kind: str, suffix: str
+) -> Path:
+    """The file of a seed in a folder, with the time of day where ``--out`` is not given."""
+    time_of_day = "" if out is not None else datetime.now().strftime("%H%M%S_")
+    return folder / f"{time_of_day}{slug(title, kind)}_{seed}{suffix}"
+
+
+def media_paths(
+    out: str | None,
+    title: str,
+    seeds: Sequence[int],
+    kind: str,
+    suffix: str,
+    check_suffix: Callable[[Path], None],
+    force: bool,
+) -> list[Path]:
+    """Where the sound or clip of each seed goes, by ``--out``.
+
+    Args:
+        kind: what they are, in the singular.
+        suffix: of files in a folder.
+        check_suffix: of a file that ``out`` names; raises.
+
+    Raises:
+        InputError: one file for several, another suffix, no such folder, or a file that is there
+            already.
+    """
+    folder = output_folder(out)
+    if folder is None:
+        path = Path(out)
+        check_suffix(path)
+        if len(seeds) > 1:
+            raise InputError(
+                f'"{out}" names one file, but {len(seeds)} {kind}s are to be made: give a folder, '
+                f"-o {path.stem}/."
+            )
+        check_outputs([path], force)
+        return [path]
+    paths = [media_path(folder, out, title, seed, kind, suffix) for seed in seeds]
+    if out is not None:
+        check_folder(folder)
+    check_outputs([path for path in paths if path.exists()][:1], force)
+    return paths
 
 
 def check_picture_suffix(path: Path) -> None:

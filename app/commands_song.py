@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..modalities.errors import InputError
-from .commands_audio import Model, read_text, show_saved, sound_paths
+from .commands_audio import Model, read_text, show_saved
+from .commands_audio_tokens import check_audio_suffix
 from .commands_image import Out, Temperature, TopK, TopP, weights_sha256
 from .commands_shared import (
     AsJson,
@@ -18,6 +19,7 @@ from .commands_shared import (
     Metadata,
     check_outputs,
     device,
+    media_paths,
     progress_bar,
     quiet_diffusers,
 )
@@ -79,7 +81,7 @@ def song(
     description = clean_prompt(description)
     seed = random_seed() if seed is None else check_seed(seed)
     seeds = [(seed + i) % (MAX_SEED + 1) for i in range(count)]
-    paths = sound_paths(out, lyrics, seeds, "songs", force)
+    paths = media_paths(out, lyrics, seeds, "song", ".wav", check_audio_suffix, force)
     heard = None if voice is None else _recording(voice)
 
     pipeline = load_song(model, voice=heard is not None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,16 +15,14 @@ from .commands_shared import (
     AsJson,
     Force,
     Metadata,
-    check_folder,
     check_outputs,
     device,
     load_tokenizer,
+    media_paths,
     note,
-    output_folder,
     print_json,
     progress_bar,
     quiet_diffusers,
-    slug,
 )
 from .video_records import (
     clip_record,
@@ -137,7 +134,8 @@ def video(
 
     seed = random_seed() if seed is None else check_seed(seed)
     seeds = [(seed + i) % (MAX_SEED + 1) for i in range(count)]
-    paths = _paths(out, what or (source or Path()).stem, seeds, force)
+    title = what or (source or Path()).stem
+    paths = media_paths(out, title, seeds, "clip", ".webp", check_video_suffix, force)
     pipeline = load_video(model, moving_picture=image is not None)
     condition = getattr(pipeline, "condition", "text")
     if what is None and not (condition == "frames" and source and pipeline.clip is None):
@@ -414,26 +412,6 @@ def rerun(file: Path, record: dict[str, Any], model: str) -> dict[str, Any]:
     if not result["identical"] and not same_weights:
         verdict += "; the model's weights are not those that made it"
     return {**result, "verdict": verdict}
-
-
-def _paths(out: str | None, what: str, seeds: list[int], force: bool) -> list[Path]:
-    folder = output_folder(out)
-    if folder is None:
-        path = Path(out)
-        check_video_suffix(path)
-        if len(seeds) > 1:
-            raise InputError(
-                f'"{out}" names one file, but {len(seeds)} clips are to be made: give a folder, '
-                f"-o {path.stem}/."
-            )
-        check_outputs([path], force)
-        return [path]
-    if out is not None:
-        check_folder(folder)
-    time_of_day = "" if out is not None else datetime.now().strftime("%H%M%S_")
-    paths = [folder / f"{time_of_day}{slug(what, 'clip')}_{seed}.webp" for seed in seeds]
-    check_outputs([path for path in paths if path.exists()][:1], force)
-    return paths
 
 
 def _save(

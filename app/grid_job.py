@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-import time
 from typing import Any
 
-from ..modalities.image import save_image
-from .jobs import Job
+from .jobs import StudioJob
 from .studio import Studio
 from .xy_grid import Axis, Grid
 
 
-class GridJob(Job):
+class GridJob(StudioJob):
     """
     Args:
         prompt: a text, or a class by name or number.
@@ -31,8 +28,8 @@ class GridJob(Job):
         y: Axis | None,
         model: str | None = None,
     ):
-        super().__init__(owner)
-        self.studio, self.prompt, self.seed, self.model = studio, prompt, seed, model
+        super().__init__(studio, owner)
+        self.prompt, self.seed, self.model = prompt, seed, model
         self.x, self.y = x, y
         self.cells = len(x.values) * (1 if y is None else len(y.values))
         self.done, self.part = 0, 0.0
@@ -44,7 +41,7 @@ class GridJob(Job):
             self.part = partial.step / partial.total
             if len(grid.pictures) > self.done:
                 self.done, self.part = len(grid.pictures), 0.0
-                self.source = self._show(grid)
+                self.source = self.show(grid.picture())
             self.touch()
             if self.cancel.is_set():
                 break
@@ -52,32 +49,17 @@ class GridJob(Job):
             path = self.studio.outputs(self.owner).save(grid.picture(), grid.record())
             self.name, self.source = f"{path.parent.name}/{path.name}", str(path)
 
-    def dispose(self) -> None:
-        shutil.rmtree(self.studio.scratch / self.id, ignore_errors=True)
-        if self.studio.shared and self.name:
-            (self.studio.outputs(self.owner).folder / self.name).unlink(missing_ok=True)
+    def saved(self) -> list[str]:
+        return [self.name] if self.name else []
 
     def view(self) -> dict[str, Any]:
         return {
-            "id": self.id,
-            "state": self.state,
-            "stopping": self.pending and self.cancel.is_set(),
+            **super().view(),
             "prompt": self.prompt if self.model is None else f"{self.prompt} · {self.model}",
-            "note": self.studio.queue_note(self) if self.state == "queued" else "",
-            "error": self.error,
             "seed": self.seed,
             "cells": self.cells,
             "done": self.done,
             "part": self.part,
             "source": self.source,
             "name": self.name,
-            "seconds": 0 if self.pending else round(self.seconds, 1),
         }
-
-    def _show(self, grid: Grid) -> str:
-        """Write the cells so far where only the page finds them."""
-        folder = self.studio.scratch / self.id
-        folder.mkdir(exist_ok=True)
-        path = folder / f"{time.monotonic_ns()}.webp"
-        save_image(grid.picture(), path)
-        return str(path)

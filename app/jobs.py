@@ -7,15 +7,23 @@ its owner again. Stopping sets an event that the work looks at after every token
 from __future__ import annotations
 
 import secrets
+import shutil
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..modalities.errors import InputError
+from ..modalities.image import save_image
 from .faults import explain
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .studio import Studio
 
 KEEP_SECONDS = 3600
 
@@ -69,6 +77,48 @@ class Job(ABC):
     @property
     def seconds(self) -> float:
         return (self.finished or time.monotonic()) - self.started if self.started else 0.0
+
+
+class StudioJob(Job):
+    """A job that shows files of its own, and may save others in the outputs folder."""
+
+    def __init__(self, studio: Studio, owner: str):
+        super().__init__(owner)
+        self.studio = studio
+
+    @property
+    def scratch(self) -> Path:
+        """A folder that goes with the job."""
+        folder = self.studio.scratch / self.id
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def show(self, image: Image.Image) -> str:
+        """Write a picture where only the page finds it; returns its path."""
+        path = self.scratch / f"{time.monotonic_ns()}.webp"
+        save_image(image, path)
+        return str(path)
+
+    def saved(self) -> list[str]:
+        """Names of its files in the outputs folder."""
+        return []
+
+    def dispose(self) -> None:
+        shutil.rmtree(self.studio.scratch / self.id, ignore_errors=True)
+        if self.studio.shared:
+            folder = self.studio.outputs(self.owner).folder
+            for name in self.saved():
+                (folder / name).unlink(missing_ok=True)
+
+    def view(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "state": self.state,
+            "stopping": self.pending and self.cancel.is_set(),
+            "note": self.studio.queue_note(self) if self.state == "queued" else "",
+            "error": self.error,
+            "took": 0 if self.pending else round(self.seconds, 1),
+        }
 
 
 class JobQueue:

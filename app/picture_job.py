@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from ..modalities.image import image_grid, save_image
+from ..modalities.image import image_grid
 from ..pipelines.seeds import MAX_SEED, seed_generators
-from .jobs import Job
+from .jobs import StudioJob
 from .records import picture_record
 from .studio import Speed, Studio
 
@@ -85,12 +84,12 @@ def prefixes(pipeline: ImageGenerationPipeline, count: int) -> list[int]:
     return prefix_lengths(count)
 
 
-class PictureJob(Job):
+class PictureJob(StudioJob):
     kind = "picture"
 
     def __init__(self, studio: Studio, owner: str, request: PictureRequest):
-        super().__init__(owner)
-        self.studio, self.request = studio, request
+        super().__init__(studio, owner)
+        self.request = request
         self.warning = studio.prompt_warning(request.prompt)
         self.step, self.total = 0, request.num_tokens or 0
         self.unit = "token"
@@ -167,7 +166,7 @@ class PictureJob(Job):
                 tokens = torch.tensor([item.tokens[:length]], device=pipeline.device)
                 pictures += pipeline.decode_tokens(tokens, [item.seed], pipeline.preview_steps)
                 yield
-            item.sheet = self._show(image_grid([*pictures, final], columns=1, padding=0), item)
+            item.sheet = self.show(image_grid([*pictures, final], columns=1, padding=0))
             item.lengths = [*lengths, len(item.tokens)]
         self._finals = []
 
@@ -183,19 +182,13 @@ class PictureJob(Job):
         pictures = self.request.count - len(self._finals)
         return tokens * speed.token * self.request.count + pictures * speed.decode
 
-    def dispose(self) -> None:
-        shutil.rmtree(self.studio.scratch / self.id, ignore_errors=True)
-        if self.studio.shared:
-            for item in self.items:
-                if item.name:
-                    (self.studio.outputs(self.owner).folder / item.name).unlink(missing_ok=True)
+    def saved(self) -> list[str]:
+        return [item.name for item in self.items if item.name]
 
     def view(self) -> dict[str, Any]:
         request = self.request
         return {
-            "id": self.id,
-            "state": self.state,
-            "stopping": self.pending and self.cancel.is_set(),
+            **super().view(),
             "prompt": request.prompt,
             "style": request.style or "",
             "model": "" if self.request.model is None else self.request.model,
@@ -203,10 +196,7 @@ class PictureJob(Job):
             "keep": self.request.keep,
             "step": self.step,
             "total": self.total,
-            "note": self.studio.queue_note(self) if self.state == "queued" else "",
             "warning": self.warning,
-            "error": self.error,
-            "seconds": 0 if self.pending else round(self.seconds, 1),
             "items": [vars(item).copy() for item in self.items],
             **self._offers(),
         }
@@ -232,7 +222,7 @@ class PictureJob(Job):
         k = self._previews % len(self.items)
         self._previews += 1
         item = self.items[k]
-        item.source = self._show(partial.decode(slice(k, k + 1), pipeline.preview_steps)[0], item)
+        item.source = self.show(partial.decode(slice(k, k + 1), pipeline.preview_steps)[0])
         self.touch()
 
     def _decode(self, pipeline: ImageGenerationPipeline, partial: Any) -> None:
@@ -249,7 +239,7 @@ class PictureJob(Job):
                 self.speed.decode = time.perf_counter() - start
             self._finals.append(image)
             # First to a place that is sure: a full disk must not cost the picture on the page.
-            item.source = self._show(image, item)
+            item.source = self.show(image)
             try:
                 path = outputs.save(image, self._record(pipeline, item, partial.tokens[k], steps))
                 item.name = f"{path.parent.name}/{path.name}"
@@ -275,11 +265,3 @@ class PictureJob(Job):
         return picture_record(
             pipeline, prompt, item.seed, 0, settings, 1, tokens, self.edit, sha256
         )
-
-    def _show(self, image: Image.Image, item: Item) -> str:
-        """Write a picture where only the page finds it."""
-        folder = self.studio.scratch / self.id
-        folder.mkdir(exist_ok=True)
-        path = folder / f"{item.seed}-{time.monotonic_ns()}.webp"
-        save_image(image, path)
-        return str(path)

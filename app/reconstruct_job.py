@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,9 +10,9 @@ from typing import Any
 
 from PIL import Image
 
-from ..modalities.image import fit_image, image_grid, save_image
+from ..modalities.image import fit_image, image_grid
 from .faults import explain
-from .jobs import Job
+from .jobs import StudioJob
 from .studio import Studio
 
 
@@ -49,7 +48,7 @@ class Row:
     done: int = 0
 
 
-class ReconstructJob(Job):
+class ReconstructJob(StudioJob):
     """
     Args:
         picture: what to encode.
@@ -67,8 +66,8 @@ class ReconstructJob(Job):
         name: str,
         tokenizers: Sequence[str],
     ):
-        super().__init__(owner)
-        self.studio, self.picture, self.name = studio, picture, name
+        super().__init__(studio, owner)
+        self.picture, self.name = picture, name
         self.rows = [Row(tokenizer) for tokenizer in tokenizers]
 
     def run(self) -> None:
@@ -93,7 +92,7 @@ class ReconstructJob(Job):
         row.num_tokens, row.size = tokenizer.num_tokens, tokenizer.image_size
         row.ordered = tokenizer.ordered or tokenizer.adaptive
         fitted = fit_image(self.picture, tokenizer.image_size, mode="contain")
-        row.original = self._show(fitted)
+        row.original = self.show(fitted)
         self.touch()
 
         def progress(done: int, total: int) -> None:
@@ -110,7 +109,7 @@ class ReconstructJob(Job):
         )
         row.seconds = round(time.perf_counter() - start, 2)
         pictures = output.reconstructions
-        row.sheet = self._show(
+        row.sheet = self.show(
             image_grid([images[0] for images in pictures.values()], columns=1, padding=0)
         )
         row.psnr = [round(values[0], 1) for values in output.psnr.values()]
@@ -121,22 +120,9 @@ class ReconstructJob(Job):
             row.bits = [round(used[0] * bits, 4) for used in output.used.values()]
         row.lengths = [used[0] for used in output.used.values()]
 
-    def dispose(self) -> None:
-        shutil.rmtree(self.studio.scratch / self.id, ignore_errors=True)
-
     def view(self) -> dict[str, Any]:
         return {
-            "id": self.id,
-            "state": self.state,
+            **super().view(),
             "name": self.name,
-            "note": self.studio.queue_note(self) if self.state == "queued" else "",
-            "error": self.error,
             "rows": [vars(row).copy() for row in self.rows],
         }
-
-    def _show(self, image: Image.Image) -> str:
-        folder = self.studio.scratch / self.id
-        folder.mkdir(exist_ok=True)
-        path = folder / f"{time.monotonic_ns()}.webp"
-        save_image(image, path)
-        return str(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -22,7 +21,7 @@ from ..pipelines.seeds import MAX_SEED, seed_generators
 from .audio_records import one_line, sampling_settings, sound_record, speech_record, spoken_text
 from .commands_audio import pcm
 from .commands_image import weights_sha256
-from .jobs import Job
+from .jobs import StudioJob
 from .studio import Studio
 
 if TYPE_CHECKING:
@@ -52,12 +51,11 @@ class Sound:
     spectrum: str = ""
 
 
-class AudioJob(Job):
+class AudioJob(StudioJob):
     """What jobs that make sound share: their files and pictures."""
 
     def __init__(self, studio: Studio, owner: str, seeds: list[int]):
-        super().__init__(owner)
-        self.studio = studio
+        super().__init__(studio, owner)
         self.items = [Sound(seed) for seed in seeds]
         self.step, self.total = 0, 0
 
@@ -70,35 +68,21 @@ class AudioJob(Job):
             audio, rate = load_audio(source)
             record = read_record(source)
             for suffix in MORE_FORMATS:
-                path = self._scratch() / f"{source.stem}.{suffix}"
+                path = self.scratch / f"{source.stem}.{suffix}"
                 save_audio(audio, rate, path, record)
                 item.files = {**item.files, suffix: str(path)}
                 yield
 
-    def dispose(self) -> None:
-        shutil.rmtree(self.studio.scratch / self.id, ignore_errors=True)
-        if self.studio.shared:
-            for item in self.items:
-                if item.name:
-                    (self.studio.outputs(self.owner).folder / item.name).unlink(missing_ok=True)
+    def saved(self) -> list[str]:
+        return [item.name for item in self.items if item.name]
 
     def view(self) -> dict[str, Any]:
         return {
-            "id": self.id,
-            "state": self.state,
-            "stopping": self.pending and self.cancel.is_set(),
+            **super().view(),
             "step": self.step,
             "total": self.total,
-            "note": self.studio.queue_note(self) if self.state == "queued" else "",
-            "error": self.error,
-            "took": 0 if self.pending else round(self.seconds, 1),
             "items": [vars(item).copy() for item in self.items],
         }
-
-    def _scratch(self) -> Path:
-        folder = self.studio.scratch / self.id
-        folder.mkdir(exist_ok=True)
-        return folder
 
     def _finish(self, item: Sound, path: Path, audio: Tensor, rate: int) -> None:
         """Show a sound that has been saved."""
@@ -106,7 +90,7 @@ class AudioJob(Job):
         item.name = f"{path.parent.name}/{path.name}"
         item.seconds = round(audio.shape[-1] / rate, 2)
         for kind, draw in (("wave", waveform_image), ("spectrum", spectrogram_image)):
-            picture = self._scratch() / f"{kind}-{item.seed}.webp"
+            picture = self.scratch / f"{kind}-{item.seed}.webp"
             # Several stand side by side, where a wide picture's labels would be too small.
             width = 800 if len(self.items) == 1 else 440
             save_image(draw(audio, rate, width=width), picture)
@@ -167,7 +151,7 @@ class SpeechJob(AudioJob):
 
     def _hear(self, chunk: SpeechChunk) -> None:
         """Put the next piece where the page fetches it."""
-        path = self._scratch() / f"{self.pieces}.pcm"
+        path = self.scratch / f"{self.pieces}.pcm"
         path.write_bytes(pcm(chunk.audio))
         self.pieces += 1
         self.words += [

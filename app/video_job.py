@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 import warnings
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from ..modalities.video import Video, VideoReader, count_pictures, save_video
 from ..pipelines.seeds import MAX_SEED
 from .commands_image import weights_sha256
 from .commands_video import stream
-from .jobs import Job
+from .jobs import StudioJob
 from .studio import Studio
 from .video_records import clip_record, smooth_record, told
 
@@ -82,12 +81,12 @@ class Clip:
     files: dict[str, str] = field(default_factory=dict)
 
 
-class ClipJob(Job):
+class ClipJob(StudioJob):
     """Clips of a prompt, or of a story, one after the other."""
 
     def __init__(self, studio: Studio, owner: str, request: ClipRequest):
-        super().__init__(owner)
-        self.studio, self.request = studio, request
+        super().__init__(studio, owner)
+        self.request = request
         self.kind = "clip" if request.scenes is None else "story"
         self.items = [Clip((request.seed + i) % (MAX_SEED + 1)) for i in range(request.count)]
         self.step, self.total, self.scene = 0, 0, 0
@@ -201,7 +200,7 @@ class ClipJob(Job):
         for first in range(kept, frames.shape[1], most):
             pictures = to_pil(frames[:, first : first + most].transpose(0, 1))
             self._sheets += 1
-            path = self._scratch() / f"sheet-{self._sheets}.webp"
+            path = self.scratch / f"sheet-{self._sheets}.webp"
             save_image(image_grid(pictures, columns=1, padding=0), path)
             sheets.append((str(path), len(pictures)))
         self._shown, clip.sheets, clip.frames = frames, sheets, frames.shape[1]
@@ -211,7 +210,7 @@ class ClipJob(Job):
         for clip, frames, record in self._finals:
             stem = Path(clip.files["webp"]).stem
             for suffix in MORE_FORMATS:
-                path = self._scratch() / f"{stem}.{suffix}"
+                path = self.scratch / f"{stem}.{suffix}"
                 if suffix in ("gif", "png") and self.rate > 100:  # Faster than animations are.
                     continue
                 _save(frames, path, self.rate, record)
@@ -219,20 +218,14 @@ class ClipJob(Job):
                 yield
         self._finals = []
 
-    def dispose(self) -> None:
-        shutil.rmtree(self.studio.scratch / self.id, ignore_errors=True)
-        if self.studio.shared:
-            for clip in self.items:
-                if clip.name:
-                    (self.studio.outputs(self.owner).folder / clip.name).unlink(missing_ok=True)
+    def saved(self) -> list[str]:
+        return [clip.name for clip in self.items if clip.name]
 
     def view(self) -> dict[str, Any]:
         request = self.request
         begins_with = request.image or request.go_on
         return {
-            "id": self.id,
-            "state": self.state,
-            "stopping": self.pending and self.cancel.is_set(),
+            **super().view(),
             "title": request.prompt or ("" if begins_with is None else begins_with.name),
             "model": self.model,
             "can_smooth": self.can_smooth,
@@ -242,16 +235,8 @@ class ClipJob(Job):
             "step": self.step,
             "total": self.total,
             "rate": self.rate,
-            "note": self.studio.queue_note(self) if self.state == "queued" else "",
-            "error": self.error,
-            "took": 0 if self.pending else round(self.seconds, 1),
             "items": [vars(item).copy() for item in self.items],
         }
-
-    def _scratch(self) -> Path:
-        folder = self.studio.scratch / self.id
-        folder.mkdir(exist_ok=True)
-        return folder
 
 
 @dataclass
@@ -271,7 +256,7 @@ class _Stopped(Exception):
     """Ends the work of a job."""
 
 
-class SmoothJob(Job):
+class SmoothJob(StudioJob):
     """
     Args:
         path: the clip, checked.
@@ -298,14 +283,14 @@ class SmoothJob(Job):
         frame_rate: float | None = None,
         input_rate: float | None = None,
     ):
-        super().__init__(owner)
-        self.studio, self.path, self.name, self.model = studio, path, name, model
+        super().__init__(studio, owner)
+        self.path, self.name, self.model = path, name, model
         self.indices, self.factor = indices, factor
         self.frame_rate, self.input_rate = frame_rate, input_rate
         self.done, self.total = 0, 1 + factor * (len(indices) - 1)
         self.before = Side(len(indices), rate)
         self.after = Side(self.total, frame_rate or rate * factor)
-        self.saved = ""
+        self.output = ""
         self.files: dict[str, str] = {}
 
     def run(self) -> None:
@@ -322,7 +307,7 @@ class SmoothJob(Job):
         if moving_picture:
             self.before.source = str(self.path)
         else:  # In a form that every browser plays.
-            self.before.source = str(self._scratch() / "before.mp4")
+            self.before.source = str(self.scratch / "before.mp4")
             _copy(self.path, Path(self.before.source), self.indices, self.before.rate, self._check)
         self.touch()
         outputs = self.studio.outputs(self.owner)
@@ -348,13 +333,13 @@ class SmoothJob(Job):
                 callback=count,
                 **settings,
             )
-        self.files, self.saved = {suffix[1:]: str(path)}, f"{path.parent.name}/{path.name}"
+        self.files, self.output = {suffix[1:]: str(path)}, f"{path.parent.name}/{path.name}"
         self.after.source = str(path)
         self.touch()
 
     def afterwards(self) -> Iterator[None]:
         """The other format for downloads."""
-        if not self.saved:
+        if not self.output:
             return
         source = Path(self.after.source)
         suffix = ".mp4" if source.suffix == ".webp" else ".webp"
@@ -362,28 +347,21 @@ class SmoothJob(Job):
             pixels = reader.num_frames * reader.width * reader.height
         if suffix == ".webp" and (pixels > MAX_WEBP_PIXELS or self.after.rate > 100):
             return
-        path = self._scratch() / f"{source.stem}{suffix}"
+        path = self.scratch / f"{source.stem}{suffix}"
         _copy(source, path, range(self.total), self.after.rate, record=read_record(source))
         self.files = {**self.files, suffix[1:]: str(path)}
         yield
 
-    def dispose(self) -> None:
-        shutil.rmtree(self.studio.scratch / self.id, ignore_errors=True)
-        if self.studio.shared and self.saved:
-            (self.studio.outputs(self.owner).folder / self.saved).unlink(missing_ok=True)
+    def saved(self) -> list[str]:
+        return [self.output] if self.output else []
 
     def view(self) -> dict[str, Any]:
         return {
-            "id": self.id,
-            "state": self.state,
-            "stopping": self.pending and self.cancel.is_set(),
+            **super().view(),
             "title": self.name,
             "factor": self.factor,
             "done": self.done,
             "total": self.total,
-            "note": self.studio.queue_note(self) if self.state == "queued" else "",
-            "error": self.error,
-            "took": 0 if self.pending else round(self.seconds, 1),
             "before": vars(self.before).copy(),
             "after": vars(self.after).copy(),
             "files": dict(self.files),
@@ -392,11 +370,6 @@ class SmoothJob(Job):
     def _check(self) -> None:
         if self.cancel.is_set():
             raise _Stopped
-
-    def _scratch(self) -> Path:
-        folder = self.studio.scratch / self.id
-        folder.mkdir(exist_ok=True)
-        return folder
 
 
 def _end(path: Path) -> Video:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 from tessera.app.jobs import Job
 from tessera.app.main import build, serve
@@ -58,6 +60,35 @@ def held(server: Server) -> None:
                 time.sleep(0.02)
 
     pipeline.stream = stream
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+@contextmanager
+def paused(server: Server, pipeline: Any, here: Callable[[int, Any], bool]) -> Iterator[Event]:
+    """A pipeline's stream waits behind each piece (number, piece) that ``here`` picks, until the event
+    is set or the job is stopped."""
+    release, inner = Event(), pipeline.stream
+
+    def stream(*arguments, **options):
+        for number, piece in enumerate(inner(*arguments, **options)):
+            yield piece
+            while here(number, piece) and not release.is_set():
+                if any(job.cancel.is_set() for job in server.running()):
+                    break
+                release.wait(0.05)
+
+    pipeline.stream = stream
+    try:
+        yield release
+    finally:
+        release.set()
+        del pipeline.stream
 
 
 @contextmanager

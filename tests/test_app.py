@@ -31,7 +31,7 @@ from tessera.modalities.errors import InputError
 from tessera.modalities.image import load_image, read_record, save_image
 from tessera.modalities.metadata import decode_tokens, make_record
 from tessera.pipelines.seeds import seed_generators
-from tessera.tests.app_server import Server, held, running_app, tiny_model, tiny_studio
+from tessera.tests.app_server import Server, held, running_app, tiny_model, tiny_studio, wait_for
 
 OWNER = "0" * 32
 
@@ -47,13 +47,6 @@ def studio(server):
     yield server.studio
     server.hold_at = None
     wait_for(lambda: not server.studio.jobs.active(OWNER))
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.02)
 
 
 def run_job(studio, **request):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import time
 
 import httpx
@@ -12,60 +11,8 @@ from PIL import Image
 
 from tessera.modalities.image import read_record, save_image
 from tessera.modalities.metadata import make_record
-from tessera.tests.app_server import running_app
 
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-expect = playwright.expect
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the path")
-
-SECONDS = 60_000  # Milliseconds to wait at most: machines that run tests can be busy.
-expect.set_options(timeout=SECONDS)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with running_app(tmp_path_factory.mktemp("app")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as runner:
-        browser = runner.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def open_page(server, browser):
-    """Opens the app as a new visitor; at the end, no script failed and nothing left the machine."""
-    contexts, faults = [], []
-
-    def check(request):
-        if not request.url.startswith((server.url, "data:", "blob:")):
-            faults.append(request.url)
-
-    def open_page(width=1280, height=900):
-        context = browser.new_context(viewport={"width": width, "height": height})
-        context.set_default_timeout(SECONDS)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("request", check)
-        page.goto(server.url)
-        expect(prompt(page)).to_be_visible()
-        # The start handler has given the page its owner key when the watcher has delivered.
-        page.wait_for_function("localStorage.getItem('tessera.owner')")
-        return page
-
-    server.hold_at = None
-    yield open_page
-    server.hold_at = None
-    for context in contexts:
-        context.close()
-    assert faults == []
+expect = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed").expect
 
 
 @pytest.fixture

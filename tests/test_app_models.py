@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from tessera.app.xy_grid import Axis
 from tessera.modalities.errors import InputError
 from tessera.modalities.image import load_image, read_record
 from tessera.modalities.metadata import decode_tokens
+from tessera.tests.app_server import wait_for
 from tessera.tests.tiny import tiny_class_pipeline, tiny_pipeline
 from tessera.weights import registry
 
@@ -68,10 +68,7 @@ def finish(studio, job):
 
 
 def wait(studio, job):
-    end = time.monotonic() + 60
-    while studio.jobs.active(OWNER):
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.02)
+    wait_for(lambda: not studio.jobs.active(OWNER))
     assert job.state == "done", job.error
     return job
 

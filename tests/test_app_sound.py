@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 from gradio_client import Client
@@ -14,29 +12,16 @@ from tessera.app.sound_models import SoundModels
 from tessera.app.tabs import sound as tab
 from tessera.modalities.audio import load_audio, read_record, save_audio
 from tessera.modalities.errors import InputError
-from tessera.tests.app_server import running_app, tiny_studio
+from tessera.tests.app_server import tiny_studio, wait_for
 from tessera.tests.test_speak_commands import recordings
 
 OWNER = "0" * 32
 TEXT = "The kettle is boiling. Pour it!"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with running_app(tmp_path_factory.mktemp("app")) as server:
-        yield server
-
-
 @pytest.fixture
 def studio(server):
     return server.studio
-
-
-def wait_for(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.02)
 
 
 def run(studio, job):

@@ -2,76 +2,29 @@
 
 from __future__ import annotations
 
-import shutil
-import threading
-
 import httpx
 import pytest
 import torch
 
 from tessera.modalities.audio import save_audio
-from tessera.tests.app_server import running_app
+from tessera.tests.app_server import paused
 
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-expect = playwright.expect
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the path")
-
-SECONDS = 180_000  # Milliseconds to wait at most: machines that run tests can be busy.
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with running_app(tmp_path_factory.mktemp("app")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as runner:
-        browser = runner.chromium.launch(
-            executable_path=CHROMIUM,
-            args=["--no-sandbox", "--autoplay-policy=no-user-gesture-required"],
-        )
-        yield browser
-        browser.close()
+expect = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed").expect
 
 
 @pytest.fixture
-def page(server, browser):
-    """The Sound tab of a new visitor; at the end, no script has failed."""
-    expect.set_options(timeout=SECONDS)
-    faults = []
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    context.set_default_timeout(SECONDS)
-    page = context.new_page()
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.goto(server.url)
-    page.wait_for_function("localStorage.getItem('tessera.owner')")
+def page(open_page):
+    """The Sound tab of a new visitor."""
+    page = open_page()
     page.get_by_role("tab", name="Sound", exact=True).click()
-    yield page
-    context.close()
-    assert faults == []
+    return page
 
 
 @pytest.fixture
-def held(server, monkeypatch):
+def held(server):
     """The voice waits after the second piece until this event is set."""
-    pipeline = server.studio.sounds.voice()
-    release, inner = threading.Event(), pipeline.stream
-
-    def stream(*arguments, **options):
-        for number, chunk in enumerate(inner(*arguments, **options)):
-            yield chunk
-            while number == 1 and not release.is_set():
-                if any(job.cancel.is_set() for job in server.running()):
-                    break
-                release.wait(0.05)
-
-    monkeypatch.setattr(pipeline, "stream", stream, raising=False)
-    yield release
-    release.set()
+    with paused(server, server.studio.sounds.voice(), lambda number, _: number == 1) as release:
+        yield release
 
 
 def test_speech_is_heard_before_it_is_finished(page, held):
@@ -88,9 +41,7 @@ def test_speech_is_heard_before_it_is_finished(page, held):
     rate_and_bytes = httpx.get(links.first.evaluate("link => link.href")).content
     seconds = (len(rate_and_bytes) - 44) / 2 / 8000
     # Each piece was put on the clock once, right behind the one before.
-    page.wait_for_function(
-        "() => !document.querySelector('#speech .ts-stop:not([hidden])')", timeout=SECONDS
-    )
+    page.wait_for_function("() => !document.querySelector('#speech .ts-stop:not([hidden])')")
     assert 0 < early < seconds
     assert float(job.get_attribute("data-scheduled")) <= seconds
     assert float(job.get_attribute("data-scheduled")) > seconds - 0.5

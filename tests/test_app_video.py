@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import av
 import numpy as np
 import pytest
@@ -20,28 +18,15 @@ from tessera.modalities.errors import InputError
 from tessera.modalities.image import load_image
 from tessera.modalities.records import read_record
 from tessera.modalities.video import VideoReader, load_video, save_video
-from tessera.tests.app_server import running_app, tiny_studio
+from tessera.tests.app_server import tiny_studio, wait_for
 from tessera.tests.test_video_pipelines import variable
 
 OWNER = "0" * 32
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with running_app(tmp_path_factory.mktemp("app")) as server:
-        yield server
-
-
 @pytest.fixture
 def studio(server):
     return server.studio
-
-
-def wait_for(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.02)
 
 
 def run(studio, job, state="done"):

@@ -2,71 +2,28 @@
 
 from __future__ import annotations
 
-import shutil
-import threading
-
 import httpx
 import pytest
 
-from tessera.tests.app_server import running_app
+from tessera.tests.app_server import paused
 
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-expect = playwright.expect
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on the path")
-
-SECONDS = 180_000  # Milliseconds to wait at most: machines that run tests can be busy.
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with running_app(tmp_path_factory.mktemp("app")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as runner:
-        browser = runner.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+expect = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed").expect
 
 
 @pytest.fixture
-def page(server, browser):
-    """The Video tab of a new visitor; at the end, no script has failed."""
-    expect.set_options(timeout=SECONDS)
-    faults = []
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    context.set_default_timeout(SECONDS)
-    page = context.new_page()
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.goto(server.url)
-    page.wait_for_function("localStorage.getItem('tessera.owner')")
+def page(open_page):
+    """The Video tab of a new visitor."""
+    page = open_page()
     page.get_by_role("tab", name="Video", exact=True).click()
-    yield page
-    context.close()
-    assert faults == []
+    return page
 
 
 @pytest.fixture
-def held(server, monkeypatch):
+def held(server):
     """The model of clips waits after the step of its second block until this event is set."""
-    pipeline = server.studio.videos.clips("tiny-blocks")
-    release, inner = threading.Event(), pipeline.stream
-
-    def stream(*arguments, **options):
-        for partial in inner(*arguments, **options):
-            yield partial
-            while partial.frames().shape[2] == 5 and not release.is_set():
-                if any(job.cancel.is_set() for job in server.running()):
-                    break
-                release.wait(0.05)
-
-    monkeypatch.setattr(pipeline, "stream", stream, raising=False)
-    yield release
-    release.set()
+    clips = server.studio.videos.clips("tiny-blocks")
+    with paused(server, clips, lambda _, partial: partial.frames().shape[2] == 5) as release:
+        yield release
 
 
 def test_a_clip_is_seen_before_it_is_finished_and_becomes_smoother(page, held):

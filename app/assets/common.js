@@ -61,6 +61,38 @@ function syncEntries(list, entries, jobs, create, update, halt) {
   });
 }
 
+// The card of a job, as every list of jobs has it: title, Stop, a line of text, bar, error; more nodes
+// below.
+function createCard(job, titleClass = "ts-prompt") {
+  const node = make("section", "ts-job");
+  const head = make("div", "ts-head");
+  const title = make("h2", titleClass);
+  const stop = make("button", "ts-button ts-stop", "Stop");
+  stop.type = "button";
+  stop.addEventListener("click", () => trigger("stop_job", { id: job.id }));
+  head.append(title, stop);
+  const meta = make("p", "ts-meta");
+  const bar = make("div", "ts-bar");
+  bar.append(make("i"));
+  const error = make("p", "ts-error");
+  node.append(head, meta, bar, error);
+  return { node, title, stop, meta, bar, error };
+}
+
+// Its title, line of text and share of the work that is done; returns whether the job goes on.
+function updateCard(entry, job, title, text, share) {
+  const active = job.state === "queued" || job.state === "running";
+  entry.node.dataset.state = job.state;
+  setText(entry.title, title);
+  setText(entry.meta, text);
+  entry.stop.hidden = !active || job.stopping;
+  entry.bar.hidden = job.state !== "running";
+  entry.bar.firstChild.style.width = `${100 * share}%`;
+  entry.error.hidden = !job.error;
+  setText(entry.error, job.error);
+  return active;
+}
+
 // Neighbouring ids get far apart hues (golden angle).
 function tokenColour(id) {
   return `hsl(${(id * 137.508) % 360} 58% ${50 + ((id * 7) % 5) * 4}%)`;

@@ -11,37 +11,19 @@ function progressText(job) {
   if (job.state === "running") return `Picture ${Math.min(job.done + 1, job.cells)} of ${job.cells}, seed ${job.seed}`;
   if (job.state === "failed") return "Failed";
   if (job.state === "stopped") return job.done ? `Stopped after ${job.done} of ${job.cells} pictures` : "Stopped before it began";
-  return `${job.cells} pictures, seed ${job.seed}, ${job.seconds} s`;
+  return `${job.cells} pictures, seed ${job.seed}, ${job.took} s`;
 }
 
 function createEntry(job) {
-  const node = make("section", "ts-job");
-  const head = make("div", "ts-head");
-  const prompt = make("h2", "ts-prompt");
-  const stop = make("button", "ts-button ts-stop", "Stop");
-  stop.type = "button";
-  stop.addEventListener("click", () => trigger("stop_job", { id: job.id }));
-  head.append(prompt, stop);
-  const meta = make("p", "ts-meta");
-  const bar = make("div", "ts-bar");
-  bar.append(make("i"));
-  const error = make("p", "ts-error");
+  const card = createCard(job);
   const image = make("img", "ts-sheet");
   const link = make("a", "ts-download", "Download");
-  node.append(head, meta, bar, error, image, link);
-  return { node, prompt, stop, meta, bar, error, image, link };
+  card.node.append(image, link);
+  return { ...card, image, link };
 }
 
 function updateJob(entry, job) {
-  const active = job.state === "queued" || job.state === "running";
-  entry.node.dataset.state = job.state;
-  setText(entry.prompt, job.prompt);
-  setText(entry.meta, progressText(job));
-  entry.stop.hidden = !active || job.stopping;
-  entry.bar.hidden = job.state !== "running";
-  entry.bar.firstChild.style.width = `${(100 * (job.done + job.part)) / job.cells}%`;
-  entry.error.hidden = !job.error;
-  setText(entry.error, job.error);
+  updateCard(entry, job, job.prompt, progressText(job), (job.done + job.part) / job.cells);
   entry.image.hidden = !job.source;
   if (job.source && entry.source !== job.source) {
     entry.source = job.source;
@@ -57,22 +39,9 @@ function updateJob(entry, job) {
 
 function update() {
   const page = props.value;
-  if (!page || !page.jobs) return;
-  // A watcher that is being replaced may still deliver an older state.
-  if (page.boot === shown.boot && page.version < shown.version) return;
+  if (!isNews(page, shown)) return;
   shown = page;
-  const ids = new Set(page.jobs.map((job) => job.id));
-  for (const [id, entry] of entries)
-    if (!ids.has(id)) {
-      entry.node.remove();
-      entries.delete(id);
-    }
-  page.jobs.forEach((job, i) => {
-    if (!entries.has(job.id)) entries.set(job.id, createEntry(job));
-    const entry = entries.get(job.id);
-    updateJob(entry, job);
-    if (list.children[i] !== entry.node) list.insertBefore(entry.node, list.children[i] || null);
-  });
+  syncEntries(list, entries, page.jobs, createEntry, updateJob, () => {});
   empty.hidden = page.jobs.length > 0;
   const job = page.jobs.find((each) => each.state === "running") || page.jobs[0];
   setText(status, job ? `${progressText(job)}${job.error ? `. ${job.error}` : ""}` : "");

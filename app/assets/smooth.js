@@ -27,20 +27,8 @@ function createSide(entry, name) {
 }
 
 function createEntry(job) {
-  const node = make("section", "ts-job");
-  const head = make("div", "ts-head");
-  const title = make("h2", "ts-prompt");
-  const stop = make("button", "ts-button ts-stop", "Stop");
-  stop.type = "button";
-  stop.addEventListener("click", () => trigger("stop_job", { id: job.id }));
-  head.append(title, stop);
-  const meta = make("p", "ts-meta");
-  const bar = make("div", "ts-bar");
-  bar.append(make("i"));
-  const error = make("p", "ts-error");
-  const sides = make("div", "ts-sides");
-  node.append(head, meta, bar, error, sides);
-  const entry = { node, title, stop, meta, bar, error, sides };
+  const entry = { ...createCard(job), sides: make("div", "ts-sides") };
+  entry.node.append(entry.sides);
   entry.before = createSide(entry, "Before");
   entry.after = createSide(entry, "After");
   return entry;
@@ -57,15 +45,7 @@ function updateSide(side, data) {
 }
 
 function updateEntry(entry, job) {
-  const active = job.state === "queued" || job.state === "running";
-  entry.node.dataset.state = job.state;
-  setText(entry.title, `${job.title}, ${job.factor} × the frames`);
-  setText(entry.meta, progressText(job));
-  entry.stop.hidden = !active || job.stopping;
-  entry.bar.hidden = job.state !== "running";
-  entry.bar.firstChild.style.width = `${(100 * job.done) / job.total}%`;
-  entry.error.hidden = !job.error;
-  setText(entry.error, job.error);
+  updateCard(entry, job, `${job.title}, ${job.factor} × the frames`, progressText(job), job.done / job.total);
   updateSide(entry.before, job.before);
   const [one, two] = [entry.before, entry.after];
   // Both begin at once, so that they can be compared.

@@ -101,23 +101,13 @@ function createItem(entry) {
 }
 
 function createEntry(job) {
-  const node = make("section", "ts-job");
-  const head = make("div", "ts-head");
-  const title = make("h2", "ts-prompt ts-clamp");
-  const stop = make("button", "ts-button ts-stop", "Stop");
-  stop.type = "button";
-  head.append(title, stop);
-  const meta = make("p", "ts-meta");
-  const bar = make("div", "ts-bar");
-  bar.append(make("i"));
-  const error = make("p", "ts-error");
+  const card = createCard(job, "ts-prompt ts-clamp");
   const words = make("p", "ts-words");
   const items = make("div", "ts-sounds");
-  node.append(head, meta, bar, error, words, items);
-  const entry = { node, title, stop, meta, bar, error, words, items, tiles: [], player: new Player(node) };
-  stop.addEventListener("click", () => {
+  card.node.append(words, items);
+  const entry = { ...card, words, items, tiles: [], player: new Player(card.node) };
+  entry.stop.addEventListener("click", () => {
     entry.player.halt();
-    trigger("stop_job", { id: job.id });
     updateEntry(entry, entry.job);
   });
   // Only what begins while somebody listens plays by itself; browsers want a click before.
@@ -144,15 +134,8 @@ function updateItem(tile, item, job, active) {
 
 function updateEntry(entry, job) {
   entry.job = job;
-  const active = job.state === "queued" || job.state === "running";
-  entry.node.dataset.state = job.state;
-  setText(entry.title, job.title);
-  setText(entry.meta, progressText(job));
-  entry.stop.hidden = !(active && !job.stopping) && !entry.player.playing;
-  entry.bar.hidden = job.state !== "running";
-  entry.bar.firstChild.style.width = `${job.total ? (100 * job.step) / job.total : 0}%`;
-  entry.error.hidden = !job.error;
-  setText(entry.error, job.error);
+  const active = updateCard(entry, job, job.title, progressText(job), job.total ? job.step / job.total : 0);
+  if (entry.player.playing) entry.stop.hidden = false;
   if (job.pieces !== undefined) {
     if (entry.live) entry.player.take(job.folder, job.pieces, job.rate);
     for (let i = entry.words.childNodes.length; i < job.words.length; i += 1)

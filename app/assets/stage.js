@@ -21,7 +21,7 @@ function progressText(job) {
   if (job.state === "failed") return "Failed";
   const count = job.items.length;
   const kept = job.keep ? `, first ${job.keep} tokens kept` : "";
-  return `${count} picture${count > 1 ? "s" : ""}, ${job.total} ${job.unit}s${count > 1 ? " each" : ""}${kept}, ${job.seconds} s`;
+  return `${count} picture${count > 1 ? "s" : ""}, ${job.total} ${job.unit}s${count > 1 ? " each" : ""}${kept}, ${job.took} s`;
 }
 
 function createTile(entry, index) {
@@ -48,17 +48,8 @@ function createTile(entry, index) {
 }
 
 function createEntry(job) {
-  const node = make("section", "ts-job");
-  const head = make("div", "ts-head");
-  const prompt = make("h2", "ts-prompt");
-  const stop = make("button", "ts-button ts-stop", "Stop");
-  stop.type = "button";
-  head.append(prompt, stop);
-  const meta = make("p", "ts-meta");
-  const bar = make("div", "ts-bar");
-  bar.append(make("i"));
+  const card = createCard(job);
   const warning = make("p", "ts-warning");
-  const error = make("p", "ts-error");
   const grid = make("div", "ts-grid");
   const view = new TokenView();
   const use = make("button", "ts-button", "Use these settings");
@@ -69,9 +60,9 @@ function createEntry(job) {
   finish.title = "Go on to all tokens of the model";
   for (const button of [use, keep, vary, finish]) button.type = "button";
   view.extra.append(vary, finish, use, keep);
-  node.append(head, meta, bar, warning, error, grid, view.node);
-  const entry = { vary, finish, node, prompt, stop, meta, bar, warning, error, grid, view, tiles: [], selected: 0 };
-  stop.addEventListener("click", () => trigger("stop_job", { id: job.id }));
+  card.error.before(warning);
+  card.node.append(grid, view.node);
+  const entry = { ...card, vary, finish, warning, grid, view, tiles: [], selected: 0 };
   const event = (what) => trigger("use_settings", { id: job.id, index: entry.selected, what });
   use.addEventListener("click", () => event("all"));
   for (const [button, what] of [[vary, "vary"], [finish, "finish"]])
@@ -82,20 +73,12 @@ function createEntry(job) {
 
 function updateJob(entry, job) {
   entry.job = job;
-  const active = job.state === "queued" || job.state === "running";
-  entry.node.dataset.state = job.state;
   const words = job.style ? `${job.prompt}, ${job.style}` : job.prompt;
-  setText(entry.prompt, job.model ? `${words} · ${job.model}` : words);
-  setText(entry.meta, progressText(job));
-  entry.stop.hidden = !active || job.stopping;
-  entry.bar.hidden = job.state !== "running";
   const painted = job.items.filter((item) => item.name).length / job.items.length;
   const part = job.total ? (0.6 * job.step) / job.total + 0.4 * painted : 0;
-  entry.bar.firstChild.style.width = `${100 * part}%`;
-  for (const kind of ["warning", "error"]) {
-    entry[kind].hidden = !job[kind];
-    setText(entry[kind], job[kind]);
-  }
+  const active = updateCard(entry, job, job.model ? `${words} · ${job.model}` : words, progressText(job), part);
+  entry.warning.hidden = !job.warning;
+  setText(entry.warning, job.warning);
   const nothing = !job.step && !active;
   entry.grid.hidden = job.state === "queued" || nothing;
   entry.grid.classList.toggle("one", job.items.length === 1);

@@ -139,17 +139,6 @@ function createTile(entry, index) {
 }
 
 function createEntry(job) {
-  const node = make("section", "ts-job");
-  const head = make("div", "ts-head");
-  const title = make("h2", "ts-prompt ts-clamp");
-  const stop = make("button", "ts-button ts-stop", "Stop");
-  stop.type = "button";
-  stop.addEventListener("click", () => trigger("stop_job", { id: job.id }));
-  head.append(title, stop);
-  const meta = make("p", "ts-meta");
-  const bar = make("div", "ts-bar");
-  bar.append(make("i"));
-  const error = make("p", "ts-error");
   const line = make("ol", "ts-timeline");
   line.append(
     ...job.scenes.map(([prompt, seconds]) => {
@@ -161,8 +150,9 @@ function createEntry(job) {
   );
   line.hidden = !job.scenes.length;
   const grid = make("div", "ts-clips");
-  node.append(head, meta, bar, error, line, grid);
-  return { node, title, stop, meta, bar, error, line, grid, tiles: [], job };
+  const card = createCard(job, "ts-prompt ts-clamp");
+  card.node.append(line, grid);
+  return { ...card, line, grid, tiles: [], job };
 }
 
 // Marks the scene of the frame that is seen.
@@ -192,16 +182,9 @@ function updateTile(tile, item, job, active) {
 
 function updateEntry(entry, job) {
   entry.job = job;
-  const active = job.state === "queued" || job.state === "running";
-  entry.node.dataset.state = job.state;
   const title = job.scenes.length ? `A story of ${job.scenes.length} scene${job.scenes.length === 1 ? "" : "s"}` : job.title;
-  setText(entry.title, job.model ? `${title} · ${job.model}` : title);
-  setText(entry.meta, progressText(job));
-  entry.stop.hidden = !active || job.stopping;
-  entry.bar.hidden = job.state !== "running";
-  entry.bar.firstChild.style.width = `${job.total ? (100 * job.step) / job.total : 0}%`;
-  entry.error.hidden = !job.error;
-  setText(entry.error, job.error);
+  const named = job.model ? `${title} · ${job.model}` : title;
+  const active = updateCard(entry, job, named, progressText(job), job.total ? job.step / job.total : 0);
   [...entry.line.children].forEach((cell, i) => {
     cell.classList.toggle("now", job.state === "running" && job.step > 0 && i === job.scene);
     cell.classList.toggle("late", active && (!job.step || i > job.scene));

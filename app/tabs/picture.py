@@ -27,6 +27,7 @@ from .widgets import (
     POLL_SECONDS,
     QUIET,
     PictureInputs,
+    file_data,
     jobs_component,
     markup,
     owner_key,
@@ -461,9 +462,5 @@ def api_state(studio: Studio, job: PictureJob) -> dict[str, Any]:
         "seeds": [item.seed for item in job.items],
         "tokens": [item.tokens for item in job.items],
         "warning": job.warning,
-        "images": [
-            {"path": str(folder / item.name), "meta": {"_type": "gradio.FileData"}}
-            for item in job.items
-            if item.name
-        ],
+        "images": [file_data(folder / item.name) for item in job.items if item.name],
     }

@@ -24,6 +24,7 @@ from .widgets import (
     QUIET,
     Shown,
     connect,
+    file_data,
     jobs_component,
     markup,
     missing,
@@ -250,9 +251,5 @@ def api_state(studio: Studio, job: AudioJob) -> dict[str, Any]:
         "total": job.total,
         "seeds": [item.seed for item in job.items],
         "seconds": [item.seconds for item in job.items],
-        "sounds": [
-            {"path": item.files["wav"], "meta": {"_type": "gradio.FileData"}}
-            for item in job.items
-            if item.name
-        ],
+        "sounds": [file_data(item.files["wav"]) for item in job.items if item.name],
     }

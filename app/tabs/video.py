@@ -30,6 +30,7 @@ from .widgets import (
     Shown,
     component,
     connect,
+    file_data,
     jobs_component,
     markup,
     missing,
@@ -544,7 +545,7 @@ def api_state(studio: Studio, job: ClipJob) -> dict[str, Any]:
         "seeds": [item.seed for item in job.items],
         "frames": [item.frames for item in job.items],
         "frame_rate": job.rate,
-        "clips": [_file_data(item.files["webp"]) for item in job.items if item.name],
+        "clips": [file_data(item.files["webp"]) for item in job.items if item.name],
     }
 
 
@@ -555,9 +556,5 @@ def smooth_state(studio: Studio, job: SmoothJob) -> dict[str, Any]:
         "step": job.done,
         "total": job.total,
         "frame_rate": job.after.rate,
-        "clips": [_file_data(job.after.source)] if job.saved else [],
+        "clips": [file_data(job.after.source)] if job.output else [],
     }
-
-
-def _file_data(path: str) -> dict[str, Any]:
-    return {"path": path, "meta": {"_type": "gradio.FileData"}}

@@ -295,6 +295,11 @@ def stop_named(studio: Studio) -> Callable[..., None]:
     return guarded(stop)
 
 
+def file_data(path: str | Path) -> dict[str, Any]:
+    """A file in the answer to a program."""
+    return {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+
+
 def missing(what: str) -> list[Shown]:
     """One line in place of a screen."""
     markup(f'<p class="ts-hint">No model of {what} is on this computer.</p>')

@@ -299,6 +299,10 @@ def app_command(
     outputs: Annotated[Path, typer.Option(help="Where pictures are kept.")] = Path("outputs"),
     max_upload: Annotated[str, typer.Option(help="Largest upload, e.g. 100mb.")] = "50mb",
     model: Annotated[str, typer.Option(help="Name or folder of a model.")] = DEFAULT_MODEL,
+    add: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of a further model of sound or video; may be given again."),
+    ] = None,
 ) -> None:
     """Open the app in a browser."""
     if (listen or share) and auth is None:
@@ -319,6 +323,7 @@ def app_command(
         outputs=outputs,
         max_upload=max_upload,
         model=model,
+        add=add or (),
     )
 
 

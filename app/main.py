@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr  # noqa: E402
 
 from tessera.app.faults import LOG_NAME, guarded, log_to  # noqa: E402
+from tessera.app.sound_models import SoundModels  # noqa: E402
 from tessera.app.studio import Studio  # noqa: E402
 from tessera.app.tabs.compare import compare_tab  # noqa: E402
 from tessera.app.tabs.edit import edit_tab  # noqa: E402
@@ -41,9 +43,19 @@ from tessera.app.tabs.reconstruct import reconstruct_tab  # noqa: E402
 from tessera.app.tabs.sound import sound_tab  # noqa: E402
 from tessera.app.tabs.video import video_tab  # noqa: E402
 from tessera.app.tabs.widgets import ACTION, QUIET, asset, markup, owner_key  # noqa: E402
+from tessera.app.video_models import VideoModels  # noqa: E402
 from tessera.modalities.errors import InputError  # noqa: E402
 from tessera.weights.registry import list_models  # noqa: E402
 
+# Pipelines that `further_models` takes, and what they are for.
+MODEL_KINDS = {
+    "TextToSpeechPipeline": "voice",
+    "TextToSoundPipeline": "sound",
+    "TextToVideoPipeline": "clips",
+    "ClassToVideoPipeline": "clips",
+    "ImageToVideoPipeline": "clips",
+    "FrameInterpolationPipeline": "between",
+}
 _FONT = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 _BRAND = (
@@ -172,6 +184,28 @@ def serve(demo: gr.Blocks, studio: Studio, **options: Any) -> tuple[Any, str, st
     )
 
 
+def further_models(folders: Sequence[Path]) -> tuple[SoundModels, VideoModels]:
+    """The models that are there, and those of some folders: a voice or a model of sounds takes the
+    place of the shipped one, models of clips and of frames in between come before the others.
+
+    Raises:
+        InputError: a folder that holds none of them.
+    """
+    from tessera.pipelines.loading import pipeline_class
+
+    found: dict[str, list[Path]] = {kind: [] for kind in ("voice", "sound", "clips", "between")}
+    for folder in folders:
+        kind = MODEL_KINDS.get(pipeline_class(folder) or "")
+        if kind is None:
+            raise InputError(
+                f'"{folder}" holds no model of sound or video: give a folder as '
+                "save_pretrained or tessera train writes it."
+            )
+        found[kind].append(folder)
+    sounds = {kind: str(found[kind][-1]) for kind in ("voice", "sound") if found[kind]}
+    return SoundModels(**sounds), VideoModels(found["clips"], found["between"])
+
+
 def launch(
     port: int | None = None,
     listen: bool = False,
@@ -182,6 +216,7 @@ def launch(
     outputs: Path = Path("outputs"),
     max_upload: str = "50mb",
     model: str = "sticker",
+    add: Sequence[Path] = (),
 ) -> None:
     """Serve the app until Ctrl-C.
 
@@ -193,6 +228,8 @@ def launch(
         metadata: whether pictures carry how they were made.
         outputs: folder of the pictures.
         max_upload: size of the largest upload, such as "50mb".
+        model: name or folder of the model that opens the Picture tab.
+        add: folders of further models, see `further_models`.
 
     Raises:
         InputError: ``listen`` or ``share`` without ``auth``, or a value that means nothing.
@@ -205,7 +242,8 @@ def launch(
             )
     if not is_size(max_upload):
         raise InputError(f'"{max_upload}" is not a size: write for example --max-upload 100mb.')
-    studio = Studio(model, Path(outputs), metadata)
+    sounds, videos = further_models(add)
+    studio = Studio(model, Path(outputs), metadata, sounds=sounds, videos=videos)
     try:
         demo = build(studio)
         _, url, public_url = serve(

@@ -21,7 +21,7 @@ from PIL import Image
 from tessera.app import space
 from tessera.app.faults import LOG_NAME, explain, guarded, log_to
 from tessera.app.jobs import Job, JobQueue
-from tessera.app.main import launch
+from tessera.app.main import further_models, launch
 from tessera.app.outputs import Outputs
 from tessera.app.picture_job import PREVIEW_BUDGET, PictureJob, PictureRequest, prefix_lengths
 from tessera.app.reconstruct_job import ReconstructJob
@@ -503,11 +503,22 @@ def test_guarded_handlers_raise_toasts():
         ({"auth": "me"}, "--auth must be user:password"),
         ({"max_upload": "lots"}, '"lots" is not a size'),
         ({"model": "no-such-model"}, 'Unknown model "no-such-model"'),
+        ({"add": [Path("sticker")]}, '"sticker" holds no model of sound or video'),
+        ({"add": [Path("no-such-folder")]}, '"no-such-folder" holds no model of sound or video'),
     ],
 )
 def test_launch_refuses_before_it_starts(options, message):
     with pytest.raises(InputError, match=message):
         launch(**options)
+
+
+def test_further_models_go_where_they_belong(server):
+    folder = server.studio.folder.parent
+    names = ("tiny-sound", "tiny-blocks", "tiny-between")
+    sounds, videos = further_models([folder / name for name in names])
+    assert sounds.names == {"voice": "voice", "sound": str(folder / "tiny-sound")}
+    assert videos.clip_names()[0] == "tiny-blocks" and videos.condition("tiny-blocks") == "text"
+    assert videos.between_names()[0] == "tiny-between"
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path):

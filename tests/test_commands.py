@@ -755,7 +755,8 @@ def test_app_hands_its_options_on(monkeypatch):
     main.launch = lambda **options: calls.append(options)
     monkeypatch.setitem(sys.modules, "tessera.app.main", main)
     tessera("app")
-    tessera("app", "--port", 8000, "--listen", "--auth", "me:secret", "--open", "--no-metadata")
+    flags = ("--listen", "--open", "--no-metadata", "--add", "a", "--add", "b")
+    tessera("app", "--port", 8000, "--auth", "me:secret", *flags)
     default = {
         "port": None,
         "listen": False,
@@ -766,8 +767,9 @@ def test_app_hands_its_options_on(monkeypatch):
         "outputs": Path("outputs"),
         "max_upload": "50mb",
         "model": "sticker",
+        "add": (),
     }
-    changes = {"port": 8000, "listen": True, "auth": "me:secret"}
+    changes = {"port": 8000, "listen": True, "auth": "me:secret", "add": [Path("a"), Path("b")]}
     assert calls == [default, {**default, **changes, "open_browser": True, "metadata": False}]
     for options in (["--listen"], ["--share"], ["--auth", "me"], ["--auth", ":x"], ["--port", 0]):
         tessera("app", *options, code=2)

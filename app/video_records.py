@@ -50,6 +50,8 @@ def clip_record(
         what = pipeline.class_name(kept["class_label"])
     if begins_with is not None:
         kept["begins_with"] = begins_with
+    elif pipeline.config.get("first_frame") is not None:
+        kept["first_frame"] = pipeline.config.first_frame
     if story:
         kept["story"] = 1
     return make_record(

@@ -20,7 +20,10 @@ from ..modalities.text import clean_prompt
 from ..tokenizers.base import Tokenizer
 from ..weights.registry import PUBLISHED
 from .class_names import find_class
+from .seeds import seed_generators
+from .text_to_image import TextToImagePipeline
 from .video_generation import (
+    Run,
     Start,
     VideoGenerationPipeline,
     VideoPartial,
@@ -67,6 +70,8 @@ class TextToVideoPipeline(VideoGenerationPipeline):
         clip: the text tower that the generator was trained with, a CLIP or a T5.
         num_frames: of a clip where the call names none; default: the tokenizer's.
         frame_rate: frames a second that the model was trained on.
+        first_frame: name or folder of a text-to-image model that draws the first frame of a clip, which
+            the generator then moves; None: the generator draws it too.
     """
 
     condition = "text"
@@ -79,12 +84,25 @@ class TextToVideoPipeline(VideoGenerationPipeline):
         clip: TextImageCLIP | TextT5,
         num_frames: int | None = None,
         frame_rate: float = 8.0,
+        first_frame: str | None = None,
     ):
         super().__init__()
         self.set_up(tokenizer, generator)
         check_text_tower(generator, clip)
+        if first_frame is not None and not self.writer.continues:
+            raise InputError(
+                f"{type(generator).__name__} writes whole clips and cannot go on from a picture: "
+                "leave first_frame out."
+            )
         self.register_modules(clip=clip)
-        self.register_to_config(num_frames=num_frames, frame_rate=frame_rate)
+        self.register_to_config(
+            num_frames=num_frames, frame_rate=frame_rate, first_frame=first_frame
+        )
+
+    @cached_property
+    def painter(self) -> TextToImagePipeline:
+        """The model ``first_frame``."""
+        return TextToImagePipeline.from_pretrained(self.config.first_frame, dtype=self.dtype)
 
     @torch.no_grad()
     def stream(
@@ -102,7 +120,7 @@ class TextToVideoPipeline(VideoGenerationPipeline):
         output_type: str = "pil",
         **settings: Any,
     ) -> Iterator[VideoPartial]:
-        """Yield a `VideoPartial` after each step of the generator; closing the iterator cancels.
+        """Yield a `VideoPartial` after each step of the models; closing the iterator cancels.
 
         Args:
             prompt: one or several, in place of a story.
@@ -127,20 +145,48 @@ class TextToVideoPipeline(VideoGenerationPipeline):
         if num_videos_per_prompt < 1:
             raise InputError(f"Ask for at least 1 clip a prompt, got {num_videos_per_prompt}.")
         texts = [[text for text in scene for _ in range(num_videos_per_prompt)] for scene in texts]
+        count = len(texts[0])
+        painted = self.config.first_frame is not None and start is None and num_frames != 1
+        if painted:  # Everything is checked before the picture is there.
+            start = torch.zeros(count, 3, 1, self.image_size, self.image_size)
         run = self._prepare(
             [text_condition(self.generator, self.clip, scene) for scene in texts],
             seconds,
             num_frames,
             frame_rate,
             start,
-            False,
-            item_seeds(seed, len(texts[0])),
+            painted,
+            item_seeds(seed, count),
             prime_frames,
             max_frames,
             output_type,
             settings,
         )
-        yield from self._stream(run)
+        steps_before = 0
+        if painted:
+            for partial in self._paint(texts[0], run):
+                steps_before = partial.step
+                yield partial
+        yield from self._stream(run, steps_before)
+
+    def _paint(self, texts: Sequence[str], run: Run) -> Iterator[VideoPartial]:
+        """Draw the first frames and put them into the run."""
+        total, frames = self._num_steps(run), run.start[:, :, :0].cpu()
+        streams = [seed_generators(seed, 1)[0] for seed in run.seeds]
+        for partial in self.painter.to(self.device).stream(
+            texts, generator=streams, output_type="pt"
+        ):
+            if partial.images is not None:
+                run.start = self._start(partial.images[:, :, None], len(texts))
+                frames = run.start.float().cpu()
+
+            def shown(frames: Tensor = frames) -> Tensor:
+                return frames
+
+            def finish(frames: Tensor = frames) -> VideoPipelineOutput:
+                return self._output(frames, [], run)
+
+            yield VideoPartial(partial.step, partial.total + total, 0, shown, finish)
 
     @torch.no_grad()
     def __call__(

@@ -133,9 +133,11 @@ class VideoGenerationPipeline(DiffusionPipeline):
 
     Attributes:
         condition: what it draws from.
+        name: that it was loaded by.
     """
 
     condition: ClassVar[str]
+    name: str | None = None
 
     def set_up(self, tokenizer: Tokenizer, generator: VideoGenerator) -> None:
         """Raise InputError unless the two fit each other and this kind of pipeline."""
@@ -378,19 +380,24 @@ class VideoGenerationPipeline(DiffusionPipeline):
             raise InputError("Some pixels to go on from are not finite numbers: clean them first.")
         return frames.to(self.device).expand(batch, -1, -1, -1, -1)
 
+    def _num_steps(self, run: Run) -> int:
+        """Of the generator."""
+        return sum(self.writer.num_yields(r.known, r.new, run.settings) for r in run.rounds)
+
     @torch.no_grad()
-    def _stream(self, run: Run) -> Iterator[VideoPartial]:
-        """Yield a `VideoPartial` after each step of the generator."""
+    def _stream(self, run: Run, steps_before: int = 0) -> Iterator[VideoPartial]:
+        """Yield a `VideoPartial` after each step of the generator, counted from ``steps_before``."""
         writer, device = self.writer, self.device
         streams = [seed_generators(seed, 1)[0] for seed in run.seeds]
-        total = sum(writer.num_yields(r.known, r.new, run.settings) for r in run.rounds)
-        last, done, tokens_done, step = run.start, [], [], 0
+        total = steps_before + self._num_steps(run)
+        last, done, tokens_done, step = run.start, [], [], steps_before
         for number, each in enumerate(run.rounds):
             prime = None
             if each.known:
                 prime = writer.encode(last[:, :, -each.known :].to(device))
             # The frames that a round went on from are seen again where they begin the clip.
-            first = 0 if number == 0 and run.keep_start else each.known
+            kept = number == 0 and run.keep_start
+            first = 0 if kept else each.known
             end = each.known + each.new
             decode, condition = writer.decoder(), run.conditions[each.scene]
             for tokens in writer.write(condition, prime, end, streams, run.settings):
@@ -401,8 +408,11 @@ class VideoGenerationPipeline(DiffusionPipeline):
                     part: slice = slice(first, end),
                     decode: Callable[[Tensor], Tensor] = decode,
                     before: tuple[Tensor, ...] = tuple(done),
+                    known: int = each.known if kept else 0,
                 ) -> Tensor:
                     now = decode(tokens)
+                    if now.numel() == 0 or now.shape[2] < known:
+                        now = run.start if known else now
                     now = [now[:, :, part].float().cpu()] if now.numel() else []
                     shown = [*before, *now]
                     if not shown:

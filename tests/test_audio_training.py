@@ -11,6 +11,7 @@ from tessera.modalities.audio import save_audio
 from tessera.modalities.errors import InputError
 from tessera.pipelines.text_to_sound import TextToSoundPipeline
 from tessera.pipelines.text_to_speech import TextToSpeechPipeline
+from tessera.tests.tiny import tiny_tokenizer
 from tessera.tokenizers.audio.wavtokenizer import WavTokenizer
 from tessera.training.config import load_recipe
 from tessera.training.trainer import train
@@ -115,6 +116,35 @@ def test_a_trained_decoder_keeps_the_tokens(runs):
     tokens = before.encode(sound)
     assert torch.equal(tokens, after.encode(sound))
     assert not torch.equal(before.decode(tokens), after.decode(tokens))
+
+
+def test_a_codec_begins_with_another_one(runs, tmp_path):
+    """`start` trains all of it: after a step of no length it is what it was."""
+    settings = {
+        "data.root": runs / "speech",
+        "data.seconds": 0.4,
+        "loss.windows": "[64, 128]",
+        "loss.n_mels": 10,
+        "loss.quantize_start": 100,
+        **SHORT,
+        "training.steps": 1,
+        "training.ema": 0.0,
+    }
+    still = {"training.lr": 0.0, "training.min_lr": 0.0}
+    start = runs / "codec" / "model"
+    train(recipe("voice-codec", tmp_path / "same", start=start, **settings, **still))
+    train(recipe("voice-codec", tmp_path / "moved", start=start, **settings))
+    before, same, moved = (
+        WavTokenizer.from_pretrained(folder / "model").state_dict()
+        for folder in (runs / "codec", tmp_path / "same", tmp_path / "moved")
+    )
+    assert all(torch.equal(before[name], same[name]) for name in before)
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], moved[name])}
+    assert {"encoder", "backbone", "head"} <= changed
+    tiny_tokenizer().save_pretrained(tmp_path / "pictures")
+    other = recipe("voice-codec", tmp_path / "other", start=tmp_path / "pictures", **settings)
+    with pytest.raises(InputError, match="a FlexTok: give the name or folder of a WavTokenizer"):
+        train(other)
 
 
 def test_the_parts_speak_and_sound(runs, tmp_path):

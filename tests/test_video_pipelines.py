@@ -13,12 +13,12 @@ from PIL import Image
 from tessera import load_video_pipeline
 from tessera.app.commands_image import weights_sha256
 from tessera.modalities.errors import InputError
-from tessera.modalities.video import Video, VideoReader, load_video, save_video
+from tessera.modalities.video import Video, VideoReader, fit_frames, load_video, save_video
 from tessera.pipelines.frame_interpolation import FrameInterpolationPipeline
 from tessera.pipelines.image_to_video import ImageToVideoPipeline
 from tessera.pipelines.reconstruction import ReconstructionPipeline
 from tessera.pipelines.text_to_video import ClassToVideoPipeline, TextToVideoPipeline
-from tessera.tests.tiny import tiny_clip
+from tessera.tests.tiny import tiny_clip, tiny_pipeline
 from tessera.tests.tiny_video import (
     tiny_block_pipeline,
     tiny_causal_tokenizer,
@@ -160,6 +160,47 @@ def test_a_picture_begins_the_clip(pipelines, tmp_path):
     assert torch.allclose(frames[:, :, :1], kept, atol=0.02)
     with pytest.raises(InputError, match="Say what the picture does"):
         mover(picture)
+
+
+def test_another_model_paints_the_first_frame(pipelines, tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "painter")
+    parts = pipelines["block"].components
+    pipeline = TextToVideoPipeline(**parts, first_frame=str(tmp_path / "painter"))
+    partials = list(pipeline.stream("red ring", 6, seed=3, output_type="pt"))
+    assert [partial.step for partial in partials] == list(range(1, partials[0].total + 1))
+    counts = [partial.frames().shape[2] for partial in partials]
+    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == 6
+    frames = partials[-1].output.frames
+    # The picture is that of the other model, as it moves in the hands of this one.
+    generator = torch.Generator().manual_seed(3)
+    painted = tiny_pipeline()(["red ring"], generator=[generator], output_type="pt").images
+    shown = partials[counts.index(1)].frames()
+    assert torch.allclose(shown[:, :, 0], fit_frames(painted, 16), atol=1e-5)
+    mover = ImageToVideoPipeline.from_text_pipeline(pipeline)
+    assert torch.equal(frames, make(mover, painted[0][:, None], "red ring", 6))
+
+    both = make(pipeline, ["blue square", "red ring"], 6, seed=2)
+    assert torch.allclose(both[1:], frames, atol=1e-4)
+    told = make(pipeline, None, story=[("red ring", 0.5), ("blue square", 1.0)], frame_rate=8)
+    assert torch.equal(told[:, :, :5], frames[:, :, :5])
+    # Where nothing is left to move, and behind given frames, nothing is painted.
+    one = make(pipeline, "red ring", 1)
+    assert torch.equal(one, make(pipelines["block"], "red ring", 1))
+    start = clip(5)
+    given = make(pipeline, "red ring", 4, start=start)
+    assert torch.equal(given, make(pipelines["block"], "red ring", 4, start=start))
+    seen = []
+    stopped = pipeline(
+        "red ring", 6, seed=3, callback=lambda partial: seen.append(1) or len(seen) < 2
+    )
+    assert len(seen) == 2 and stopped.frames == [[]]
+
+    pipeline.save_pretrained(tmp_path / "saved")
+    again = load_video_pipeline(tmp_path / "saved")
+    assert torch.equal(make(again, "red ring", 6), frames)
+    broken = TextToVideoPipeline(**parts, first_frame=str(tmp_path / "none"))
+    with pytest.raises(InputError, match="none"):
+        broken("red ring")
 
 
 def test_frames_alone_are_continued(tmp_path):

@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from torch.nn.functional import cosine_similarity
 
 from tessera.generators.conditioning.text import text_prefix
 from tessera.generators.linear_video.vfimamba import VFIMamba
@@ -19,6 +20,7 @@ from tessera.pipelines.text_to_video import TextToVideoPipeline
 from tessera.tests.tiny import tiny_clip, tiny_pack
 from tessera.tokenizers.video.nbp import NBPTokenizer
 from tessera.training.config import load_recipe
+from tessera.training.id_warm_start import smooth_ids
 from tessera.training.trainer import train
 from tessera.training.video_tasks import Animations, augment, to_uint8
 from tessera.training.video_warm_start import local_components
@@ -140,10 +142,12 @@ def test_the_parts_make_clips(runs, tmp_path):
     }
     train(recipe("animated-sticker", tmp_path / "blocks", **parts))
     pipeline = TextToVideoPipeline.from_pretrained(tmp_path / "blocks")
+    assert pipeline.config.first_frame == "sticker"
     frames = pipeline("a red circle", seed=1, output_type="pt").frames
     assert frames.shape == (1, 3, 5, 16, 16) and bool(frames.isfinite().all())
     parts["generator"] = runs / "lingen" / "model"
     parts["tokenizer"] = runs / "lingen" / "model" / "tokenizer"
+    parts["pipeline.first_frame"] = "null"
     train(recipe("animated-sticker", tmp_path / "flow", **parts))
     pipeline = TextToVideoPipeline.from_pretrained(tmp_path / "flow")
     assert pipeline("a red circle", seed=1, output_type="pt").frames.shape == (1, 3, 5, 16, 16)
@@ -198,10 +202,37 @@ def test_components_start_close_to_the_clips(runs):
     assert errors[1] < 0.6 * flat and errors[1] < errors[0] / 2
 
 
+def test_ids_and_places_that_are_near_start_alike(runs):
+    tokenizer = NBPTokenizer.from_pretrained(runs / "tokenizer" / "model")
+    generator = BlockModel.from_pretrained(runs / "generator" / "model")
+    torch.manual_seed(0)
+    generator.init_weights()
+    smooth_ids(generator, tokenizer)
+    ids = tokenizer.quantizer.codes_to_ids(torch.tensor([[-1.0, -1], [-0.5, -1], [1, 1]]))
+    for rows in (generator.embedding.weight, generator.head.weight):
+        cell, near, far = rows[generator.first_video + ids]
+        assert cosine_similarity(cell, near, dim=0) > 0.7 > cosine_similarity(cell, far, dim=0)
+        assert float(rows[generator.first_video :].detach().std()) == pytest.approx(0.02, rel=0.5)
+    # Places: a frame's neighbours in a row, and the same place a step later.
+    steps, height, width = tokenizer.grid
+    first = generator.config.text_length + generator.config.block_size
+    places = generator.positions[first : first + steps * height * width]
+    places = places.unflatten(0, (steps, height, width))
+    assert bool((places[0, 0, 0] != 0).all())
+    same, other = places[1, 0, 0], places[1, 1, 1]
+    here = places[0, 0, 0]
+    assert cosine_similarity(here, same, dim=0) > cosine_similarity(here, other, dim=0)
+    assert bool((generator.positions[:first] == 0).all())
+
+
 def test_unknown_start(runs, tmp_path):
     packs = {"data.root": runs / "animated", "data.stickers": runs / "stickers"}
     with pytest.raises(InputError, match='Unknown start "magic"'):
         train(recipe("animated-tokenizer", tmp_path, start="magic", **packs, **TOKENIZER, **SMALL))
+    parts = {"tokenizer": runs / "tokenizer" / "model", "clip": runs / "clip", **packs}
+    with pytest.raises(InputError, match='Unknown start "magic"'):
+        settings = {**GENERATOR, **NBP, **parts, **SMALL}
+        train(recipe("animated-generator", tmp_path / "b", start="magic", **settings))
 
 
 def test_a_text_s_features_stand_before_the_clip():

@@ -18,6 +18,7 @@ from ..modalities.errors import InputError
 from ..modalities.image import save_image
 from ..modalities.phonemes import PHONES
 from ..tokenizers.audio.wavtokenizer import WavTokenizer
+from ..tokenizers.auto import AutoTokenizer
 from .audio_losses import AudioAdversarialLoss, AudioDiscriminators, CodecLoss
 from .tasks import Task, build, load_frozen, shuffled_index
 
@@ -28,6 +29,7 @@ CODEC_PEAK = -3.0
 class CodecTask(Task):
     """WavTokenizer on random crops of sounds.
 
+    ``start: NAME`` begins with the weights of a trained one (shipped, published or a folder).
     ``codec: FOLDER`` continues a trained one with its encoder and codebook as they are, so that its
     tokens stay what they are and a generator over them can be trained at the same time.
     """
@@ -35,9 +37,17 @@ class CodecTask(Task):
     def __init__(self, recipe: dict[str, Any], device: torch.device):
         super().__init__(recipe, device)
         loss = recipe["loss"]
-        if recipe["codec"] is None:
+        if recipe["codec"] is None and recipe["start"] is None:
             self.codec = build(WavTokenizer, **recipe["model"])
             self.codec.init_weights()
+        elif recipe["codec"] is None:
+            self.codec = AutoTokenizer.from_pretrained(recipe["start"])
+            if not isinstance(self.codec, WavTokenizer):
+                raise InputError(
+                    f'start is "{recipe["start"]}", a {type(self.codec).__name__}: give the name '
+                    "or folder of a WavTokenizer."
+                )
+            self.codec.float()
         else:
             self.codec = load_frozen(WavTokenizer, recipe, "codec")
             self.codec.encoder.requires_grad_(False)

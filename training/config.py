@@ -93,9 +93,9 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> None:
 
 
 def _parse(key: str, text: str, old: Any) -> Any:
-    """The value of an override, of the kind of the one that it replaces."""
+    """The value of an override, of the kind of the one that it replaces; null is no name."""
     if isinstance(old, str):
-        return text
+        return None if text == "null" else text
     problem = InputError(f'"{text}" does not fit {key}, which is {old}: give such a value.')
     try:
         value = yaml.load(text, Loader)

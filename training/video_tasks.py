@@ -31,6 +31,7 @@ from ..modalities.video_datasets import AnimatedPack, Pose, ProceduralAnimations
 from ..tokenizers.video.nbp import NBPTokenizer
 from .captions import open_captions
 from .generator_tasks import load_clip
+from .id_warm_start import smooth_ids
 from .tasks import STARTS, Task, build, from_uint8, load_frozen, save_grid
 from .video_losses import VideoTokenizerLoss
 from .video_warm_start import local_components
@@ -38,6 +39,7 @@ from .video_warm_start import local_components
 # Clips that the tokens are cached of at a time.
 PART = 64
 START_CLIPS = 24
+NBP_STARTS = ("smooth", "random")
 BOX = Image.Resampling.BOX
 
 
@@ -323,7 +325,11 @@ class VideoGeneratorTask(Task):
 
 
 class NBPTask(VideoGeneratorTask):
-    """Next-block prediction: text features to ids."""
+    """Next-block prediction: text features to ids.
+
+    ``start: smooth`` begins with embeddings that know the grids of codes and places (see
+    `id_warm_start`), ``random`` without.
+    """
 
     def build_model(self) -> NBP:
         model = build(
@@ -340,6 +346,11 @@ class NBPTask(VideoGeneratorTask):
                 "model.block_size to a divisor of it."
             )
         model.init_weights()
+        start = self.recipe["start"]
+        if start not in NBP_STARTS:
+            raise InputError(f'Unknown start "{start}": choose from {", ".join(NBP_STARTS)}.')
+        if start == "smooth":
+            smooth_ids(model, self.tokenizer)
         return model
 
     def batch(

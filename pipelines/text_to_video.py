@@ -17,6 +17,7 @@ from ..generators.conditioning.text import text_prefix
 from ..generators.next_block.nbp import NBP, ucf_text
 from ..modalities.errors import InputError
 from ..modalities.text import clean_prompt
+from ..modalities.video_datasets import MOTIONS
 from ..tokenizers.base import Tokenizer
 from ..weights.registry import PUBLISHED
 from .class_names import find_class
@@ -173,9 +174,9 @@ class TextToVideoPipeline(VideoGenerationPipeline):
         """Draw the first frames and put them into the run."""
         total, frames = self._num_steps(run), run.start[:, :, :0].cpu()
         streams = [seed_generators(seed, 1)[0] for seed in run.seeds]
-        for partial in self.painter.to(self.device).stream(
-            texts, generator=streams, output_type="pt"
-        ):
+        painter = self.painter.to(self.device)
+        stills = [still_prompt(text, painter.clip.count_tokens) for text in texts]
+        for partial in painter.stream(stills, generator=streams, output_type="pt"):
             if partial.images is not None:
                 run.start = self._start(partial.images[:, :, None], len(texts))
                 frames = run.start.float().cpu()
@@ -234,6 +235,26 @@ def scenes_of(
     if not pairs:
         raise InputError("A story needs at least one scene.")
     return [[clean_prompt(text)] for text, _ in pairs], [seconds for _, seconds in pairs]
+
+
+def still_prompt(prompt: str, count_tokens: Callable[[str], int]) -> str:
+    """What a picture of a clip shows: "rocket rising up" -> "rocket".
+
+    Left out are the motions of `video_datasets` at either end, and all that follows a word in -ing that
+    the picture's text tower has no entry for ("a butterfly flapping", not "cloud with lightning"):
+    in its pictures nothing does that.
+
+    Args:
+        count_tokens: of a text in that tower, start and end included.
+    """
+    text = prompt.removesuffix(", animated").removeprefix("raining ")
+    for motion in sorted(MOTIONS, key=len, reverse=True):
+        text = text.removesuffix(f" {motion}")
+    words = text.split()
+    for place, word in enumerate(words):
+        if place and word.endswith("ing") and count_tokens(word) > 3:
+            return " ".join(words[:place])
+    return text
 
 
 class ClassToVideoPipeline(VideoGenerationPipeline):

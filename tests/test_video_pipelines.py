@@ -17,7 +17,11 @@ from tessera.modalities.video import Video, VideoReader, fit_frames, load_video,
 from tessera.pipelines.frame_interpolation import FrameInterpolationPipeline
 from tessera.pipelines.image_to_video import ImageToVideoPipeline
 from tessera.pipelines.reconstruction import ReconstructionPipeline
-from tessera.pipelines.text_to_video import ClassToVideoPipeline, TextToVideoPipeline
+from tessera.pipelines.text_to_video import (
+    ClassToVideoPipeline,
+    TextToVideoPipeline,
+    still_prompt,
+)
 from tessera.tests.tiny import tiny_clip, tiny_pipeline
 from tessera.tests.tiny_video import (
     tiny_block_pipeline,
@@ -201,6 +205,25 @@ def test_another_model_paints_the_first_frame(pipelines, tmp_path):
     broken = TextToVideoPipeline(**parts, first_frame=str(tmp_path / "none"))
     with pytest.raises(InputError, match="none"):
         broken("red ring")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "still"),
+    [
+        ("rocket rising up", "rocket"),
+        ("a dog dancing", "a dog"),
+        ("raining stars", "stars"),
+        ("red heart, animated", "red heart"),
+        ("fish flying in from the left", "fish"),
+        ("a butterfly flapping its wings", "a butterfly"),
+        ("cloud with lightning", "cloud with lightning"),
+        ("smiling face", "smiling face"),
+        ("a very blue square", "a very blue square"),
+    ],
+)
+def test_a_picture_does_not_move(prompt, still):
+    """In a tower that has "lightning" for an entry, and "flapping" in pieces."""
+    assert still_prompt(prompt, lambda word: 3 if word == "lightning" else 5) == still
 
 
 def test_frames_alone_are_continued(tmp_path):

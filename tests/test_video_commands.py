@@ -19,7 +19,8 @@ from tessera.evaluation.video import clip_extractor, evaluate_interpolation, eva
 from tessera.modalities.errors import InputError
 from tessera.modalities.records import read_record
 from tessera.modalities.video import VideoReader, load_video, save_video
-from tessera.tests.tiny import tiny_clip
+from tessera.pipelines.text_to_video import TextToVideoPipeline
+from tessera.tests.tiny import tiny_clip, tiny_pipeline
 from tessera.tests.tiny_video import tiny_class_video, tiny_interpolation, tiny_masked_pipeline
 from tessera.weights import registry
 
@@ -102,6 +103,19 @@ def test_stories_are_made_again():
     assert read_record("story.png")["prompt"] == told(scenes)
     assert load_video("story.png").frame_rate == 10
     assert "identical" in tessera("info", "story.png", "--rerun").stdout
+
+
+def test_a_clip_whose_first_frame_another_model_drew():
+    tiny_pipeline().save_pretrained("painter")
+    parts = tiny_masked_pipeline().components
+    TextToVideoPipeline(**parts, first_frame="painter").save_pretrained("mover")
+    tessera("video", "red ring spinning", "--seed", 5, "--model", "mover", "-o", "a.png")
+    assert read_record("a.png")["settings"]["first_frame"] == "painter"
+    assert "identical" in tessera("info", "a.png", "--rerun", "--model", "mover").stdout
+    # Of a clip that begins with a file, the file is told.
+    tessera("video", "red ring", "--image", "a.png", "--model", "mover", "-o", "b.png")
+    settings = read_record("b.png")["settings"]
+    assert settings["begins_with"] == "a.png" and "first_frame" not in settings
 
 
 def test_variants_are_the_same_whatever_their_number():

@@ -73,6 +73,7 @@ class TextToVideoPipeline(VideoGenerationPipeline):
         frame_rate: frames a second that the model was trained on.
         first_frame: name or folder of a text-to-image model that draws the first frame of a clip, which
             the generator then moves; None: the generator draws it too.
+        first_frame_style: one of that model's ``styles``.
     """
 
     condition = "text"
@@ -86,6 +87,7 @@ class TextToVideoPipeline(VideoGenerationPipeline):
         num_frames: int | None = None,
         frame_rate: float = 8.0,
         first_frame: str | None = None,
+        first_frame_style: str | None = None,
     ):
         super().__init__()
         self.set_up(tokenizer, generator)
@@ -97,7 +99,10 @@ class TextToVideoPipeline(VideoGenerationPipeline):
             )
         self.register_modules(clip=clip)
         self.register_to_config(
-            num_frames=num_frames, frame_rate=frame_rate, first_frame=first_frame
+            num_frames=num_frames,
+            frame_rate=frame_rate,
+            first_frame=first_frame,
+            first_frame_style=first_frame_style,
         )
 
     @cached_property
@@ -176,7 +181,8 @@ class TextToVideoPipeline(VideoGenerationPipeline):
         streams = [seed_generators(seed, 1)[0] for seed in run.seeds]
         painter = self.painter.to(self.device)
         stills = [still_prompt(text, painter.clip.count_tokens) for text in texts]
-        for partial in painter.stream(stills, generator=streams, output_type="pt"):
+        style = self.config.first_frame_style
+        for partial in painter.stream(stills, style=style, generator=streams, output_type="pt"):
             if partial.images is not None:
                 run.start = self._start(partial.images[:, :, None], len(texts))
                 frames = run.start.float().cpu()

@@ -202,6 +202,16 @@ def test_another_model_paints_the_first_frame(pipelines, tmp_path):
     pipeline.save_pretrained(tmp_path / "saved")
     again = load_video_pipeline(tmp_path / "saved")
     assert torch.equal(make(again, "red ring", 6), frames)
+    style = tiny_pipeline().styles[0]
+    styled = TextToVideoPipeline(
+        **parts, first_frame=str(tmp_path / "painter"), first_frame_style=style
+    )
+    generator = torch.Generator().manual_seed(3)
+    options = {"style": style, "generator": [generator], "output_type": "pt"}
+    painted = tiny_pipeline()(["red ring"], **options).images
+    mover = ImageToVideoPipeline.from_text_pipeline(styled)
+    moved = make(mover, painted[0][:, None], "red ring", 6)
+    assert torch.equal(make(styled, "red ring", 6), moved) and not torch.equal(moved, frames)
     broken = TextToVideoPipeline(**parts, first_frame=str(tmp_path / "none"))
     with pytest.raises(InputError, match="none"):
         broken("red ring")

@@ -35,7 +35,11 @@ PROMPTS = [
 ]
 
 # A line that the licence of some of the data asks for.
-ATTRIBUTION = {"sticker": "Twemoji", "voice": "Carnegie Mellon University Flite"}
+ATTRIBUTION = {
+    "sticker": "Twemoji",
+    "animated-sticker": "Animated Noto Emoji (c) Google",
+    "voice": "Carnegie Mellon University Flite",
+}
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from tessera.tokenizers.video.nbp import NBPTokenizer
 from tessera.training.config import load_recipe
 from tessera.training.id_warm_start import smooth_ids
 from tessera.training.trainer import train
-from tessera.training.video_tasks import Animations, augment, to_uint8
+from tessera.training.video_tasks import Animations, augment, start_at_average, to_uint8
 from tessera.training.video_warm_start import local_components
 
 SMALL = {
@@ -157,6 +157,22 @@ def test_a_trained_interpolation_loads(runs):
     model = VFIMamba.from_pretrained(runs / "interpolation" / "model")
     frame = torch.zeros(1, 3, 20, 36)
     assert model.interpolate(frame, frame).shape == frame.shape
+
+
+def test_interpolation_starts_at_the_mean_of_the_frames():
+    model = VFIMamba(dim=4, depths=(1, 1, 1, 1, 1)).eval()
+    frames = torch.rand(2, 1, 3, 40, 56) * 2 - 1
+    assert not torch.allclose(model.interpolate(*frames), frames.mean(0), atol=0.05)
+    start_at_average(model)
+    assert torch.allclose(model.interpolate(*frames), frames.mean(0), atol=1e-4)
+    # After a step of the heads the rest learns too.
+    clips, model = torch.rand(3, 1, 3, 64, 64) * 2 - 1, model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(*clips)[0].backward()
+        optimizer.step()
+    assert float(model.features.blocks[0][0].weight.grad.abs().max()) > 0
 
 
 def test_held_out_pairs_are_never_drawn(runs):

@@ -447,6 +447,20 @@ class LinGenTask(VideoGeneratorTask):
         self.tokenizer.save_pretrained(folder / "tokenizer")
 
 
+@torch.no_grad()
+def start_at_average(model: VFIMamba) -> None:
+    """Nothing moves and nothing is added at first: the frame between is the mean of the two.
+
+    From random weights a short run (750 steps at laptop size) stayed 0.9 dB below the mean on real clips,
+    most of which hardly move.
+    """
+    heads = [block.conv[-1][0] for block in model.flow_blocks]
+    heads += [block.up for block in model.local_blocks]
+    for head in (*heads, model.refinement.conv):
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+
+
 class InterpolationTask(Task):
     """VFIMamba on scenes of stickers and animations that move over one another."""
 
@@ -457,6 +471,7 @@ class InterpolationTask(Task):
         self.loops = AnimatedPack(data["root"], ("real",), ("train",))
         self.stickers = StickerPack(data["stickers"], **data["options"])
         self.model = build(VFIMamba, **recipe["model"])
+        start_at_average(self.model)
 
     def batch(
         self, index: int, size: int, generator: torch.Generator, rows: slice

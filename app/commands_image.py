@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -219,7 +221,8 @@ def info(
 
 
 def weights_sha256(model: str | Path) -> str | None:
-    """One hash over the weight files of a shipped model or a folder; None for a hub id."""
+    """One hash over the weight files of a shipped model or a folder, and of the model that draws its
+    first frames if there is one; None for a hub id."""
     from ..weights.registry import resolve_model, shared_parts
 
     folder = resolve_model(model)
@@ -234,6 +237,11 @@ def weights_sha256(model: str | Path) -> str | None:
         digest.update(name.as_posix().encode())
         with open(file, "rb") as weights:
             digest.update(hashlib.file_digest(weights, "sha256").digest())
+    index = folder / "model_index.json"
+    painter = json.loads(index.read_text("utf8")).get("first_frame") if index.is_file() else None
+    if painter is not None:
+        with suppress(InputError):  # It may be away where a clip begins with a file.
+            digest.update((weights_sha256(painter) or painter).encode())
     return digest.hexdigest()
 
 

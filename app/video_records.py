@@ -50,8 +50,10 @@ def clip_record(
         what = pipeline.class_name(kept["class_label"])
     if begins_with is not None:
         kept["begins_with"] = begins_with
-    elif pipeline.config.get("first_frame") is not None:
+    elif pipeline.config.get("first_frame") is not None and kept["num_frames"] > 1:
         kept["first_frame"] = pipeline.config.first_frame
+        if pipeline.config.first_frame_style is not None:
+            kept["first_frame_style"] = pipeline.config.first_frame_style
     if story:
         kept["story"] = 1
     return make_record(

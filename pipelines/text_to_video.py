@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -253,14 +254,13 @@ def still_prompt(prompt: str, count_tokens: Callable[[str], int]) -> str:
     Args:
         count_tokens: of a text in that tower, start and end included.
     """
-    text = prompt.removesuffix(", animated").removeprefix("raining ")
-    for motion in sorted(MOTIONS, key=len, reverse=True):
-        text = text.removesuffix(f" {motion}")
+    motions = "|".join(sorted(MOTIONS, key=len, reverse=True))
+    text = re.sub(rf"^raining | (?:{motions})$|, animated$", "", prompt, flags=re.IGNORECASE)
     words = text.split()
     for place, word in enumerate(words):
-        if place and word.endswith("ing") and count_tokens(word) > 3:
+        if place and word.lower().endswith("ing") and count_tokens(word) > 3:
             return " ".join(words[:place])
-    return text
+    return text or prompt
 
 
 class ClassToVideoPipeline(VideoGenerationPipeline):

@@ -145,6 +145,9 @@ def test_a_codec_begins_with_another_one(runs, tmp_path):
     other = recipe("voice-codec", tmp_path / "other", start=tmp_path / "pictures", **settings)
     with pytest.raises(InputError, match="a FlexTok: give the name or folder of a WavTokenizer"):
         train(other)
+    both = recipe("voice-codec", tmp_path / "both", start=start, codec=start, **settings)
+    with pytest.raises(InputError, match="set one of them to null"):
+        train(both)
 
 
 def test_the_parts_speak_and_sound(runs, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import av
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tessera.app.commands import cli
+from tessera.app.commands_image import weights_sha256
 from tessera.app.commands_video import scenes_told, told
 from tessera.evaluation.metrics import psnr
 from tessera.evaluation.video import clip_extractor, evaluate_interpolation, evaluate_video, motion
@@ -110,12 +113,25 @@ def test_a_clip_whose_first_frame_another_model_drew():
     parts = tiny_masked_pipeline().components
     TextToVideoPipeline(**parts, first_frame="painter").save_pretrained("mover")
     tessera("video", "red ring spinning", "--seed", 5, "--model", "mover", "-o", "a.png")
-    assert read_record("a.png")["settings"]["first_frame"] == "painter"
+    record = read_record("a.png")
+    assert record["settings"]["first_frame"] == "painter"
+    assert record["sha256"] == weights_sha256("mover") != weights_sha256("animated-sticker")
     assert "identical" in tessera("info", "a.png", "--rerun", "--model", "mover").stdout
     # Of a clip that begins with a file, the file is told.
     tessera("video", "red ring", "--image", "a.png", "--model", "mover", "-o", "b.png")
     settings = read_record("b.png")["settings"]
     assert settings["begins_with"] == "a.png" and "first_frame" not in settings
+    tessera("video", "red ring", "--frames", 1, "--model", "mover", "-o", "c.png")
+    assert "first_frame" not in read_record("c.png")["settings"]
+    # Other weights of the painter are other weights of the clip; without it files still move.
+    path = Path("painter/generator/diffusion_pytorch_model.safetensors")
+    weights = {name: value + 0.5 for name, value in load_file(path).items()}
+    save_file(weights, path)
+    assert weights_sha256("mover") != record["sha256"]
+    shutil.rmtree("painter")
+    tessera("video", "red ring", "--image", "a.png", "--model", "mover", "-o", "d.png")
+    error = tessera("video", "red ring", "--model", "mover", "-o", "e.png", code=2).stderr
+    assert "painter" in error and not Path("e.png").exists()
 
 
 def test_variants_are_the_same_whatever_their_number():

@@ -221,6 +221,8 @@ def test_another_model_paints_the_first_frame(pipelines, tmp_path):
     ("prompt", "still"),
     [
         ("rocket rising up", "rocket"),
+        ("Rocket Rising Up", "Rocket"),
+        (", animated", ", animated"),
         ("a dog dancing", "a dog"),
         ("raining stars", "stars"),
         ("red heart, animated", "red heart"),

@@ -37,10 +37,13 @@ class CodecTask(Task):
     def __init__(self, recipe: dict[str, Any], device: torch.device):
         super().__init__(recipe, device)
         loss = recipe["loss"]
-        if recipe["codec"] is None and recipe["start"] is None:
-            self.codec = build(WavTokenizer, **recipe["model"])
-            self.codec.init_weights()
-        elif recipe["codec"] is None:
+        if None not in (recipe["codec"], recipe["start"]):
+            raise InputError("codec and start both name a trained codec: set one of them to null.")
+        if recipe["codec"] is not None:
+            self.codec = load_frozen(WavTokenizer, recipe, "codec")
+            self.codec.encoder.requires_grad_(False)
+            self.codec.quantizer.frozen = True
+        elif recipe["start"] is not None:
             self.codec = AutoTokenizer.from_pretrained(recipe["start"])
             if not isinstance(self.codec, WavTokenizer):
                 raise InputError(
@@ -49,9 +52,8 @@ class CodecTask(Task):
                 )
             self.codec.float()
         else:
-            self.codec = load_frozen(WavTokenizer, recipe, "codec")
-            self.codec.encoder.requires_grad_(False)
-            self.codec.quantizer.frozen = True
+            self.codec = build(WavTokenizer, **recipe["model"])
+            self.codec.init_weights()
         self.sounds = load_sounds(recipe["data"], self.codec.sample_rate)
         adversarial = None
         if loss["weights"]["gan"] > 0:

@@ -25,8 +25,8 @@ LEVEL_REACH, PLACE_REACH = 1.5, 0.7
 def smooth_ids(model: NBP, tokenizer: NBPTokenizer) -> None:
     """Write the embeddings of video ids and places, and the head, after `NBP.init_weights`, in place."""
     quantizer, dim = tokenizer.quantizer, model.config.dim
-    ids = torch.arange(quantizer.vocab_size)
-    digits = ids[:, None] // quantizer.basis.cpu() % quantizer.sizes.cpu()
+    ids = torch.arange(quantizer.vocab_size, device=quantizer.sizes.device)
+    digits = quantizer.ids_to_digits(ids).cpu()
     for rows in (model.embedding.weight, model.head.weight):
         rows[model.first_video :] = smooth(digits, quantizer.levels, LEVEL_REACH, dim)
     # Behind a text the begin and the first ids but one stand before the ids in order.

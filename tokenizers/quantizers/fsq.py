@@ -52,8 +52,11 @@ class FSQ(nn.Module):
         digits = (codes.detach() * half).round().long() + half
         return (digits * self.basis).sum(-1)
 
+    def ids_to_digits(self, ids: Tensor) -> Tensor:
+        """Ids ``[...]`` -> the level of each dimension, from 0, int64 ``[..., d]``."""
+        return ids[..., None] // self.basis % self.sizes
+
     def ids_to_codes(self, ids: Tensor) -> Tensor:
         """Ids ``[...]`` -> codes ``[..., d]`` in [-1, 1], float32."""
         half = self.sizes // 2
-        digits = ids[..., None] // self.basis % self.sizes
-        return (digits - half) / half
+        return (self.ids_to_digits(ids) - half) / half

@@ -27,11 +27,12 @@ from ..modalities.errors import InputError
 from ..modalities.files import atomic_path
 from ..modalities.image import fit_image, to_pil, to_tensor
 from ..modalities.video import composite
-from ..modalities.video_datasets import AnimatedPack, Pose, ProceduralAnimations, draw_sticker
+from ..modalities.video_datasets import AnimatedPack, ProceduralAnimations
 from ..tokenizers.video.nbp import NBPTokenizer
 from .captions import open_captions
 from .generator_tasks import load_clip
 from .id_warm_start import smooth_ids
+from .moving_scenes import MovingScenes
 from .tasks import STARTS, Task, build, from_uint8, load_frozen, save_grid
 from .video_losses import VideoTokenizerLoss
 from .video_warm_start import local_components
@@ -462,71 +463,26 @@ def start_at_average(model: VFIMamba) -> None:
 
 
 class InterpolationTask(Task):
-    """VFIMamba on scenes of stickers and animations that move over one another."""
+    """VFIMamba on `MovingScenes`."""
 
     def __init__(self, recipe: dict[str, Any], device: torch.device):
         super().__init__(recipe, device)
-        data = recipe["data"]
-        self.size = data["size"]
-        self.loops = AnimatedPack(data["root"], ("real",), ("train",))
-        self.stickers = StickerPack(data["stickers"], **data["options"])
+        self.scenes = MovingScenes(recipe["data"])
         self.model = build(VFIMamba, **recipe["model"])
         start_at_average(self.model)
 
     def batch(
         self, index: int, size: int, generator: torch.Generator, rows: slice
     ) -> dict[str, Any]:
-        rng = seeded(generator)
-        scenes = [
-            self.scene(random.Random(seed))
-            for seed in [rng.getrandbits(62) for _ in range(size)][rows]
-        ]
-        first, middle, last = torch.stack(scenes, 1)
-        return {"frame0": first, "frame1": last, "target": middle}
-
-    def scene(self, rng: random.Random) -> Tensor:
-        """Three frames ``[3, 3, S, S]`` in [-1, 1]: a large sticker as the ground, some things on it.
-
-        Everything moves, turns and grows evenly, the more so the rarer; some things are animations.
-        """
-        data, side = self.recipe["data"], 2 * self.size
-        color = tuple(rng.randrange(256) for _ in range(3))
-        frames = [Image.new("RGBA", (side, side), (*color, 255)) for _ in range(3)]
-        for layer in range(1 + rng.randint(1, data["layers"])):
-            ground = layer == 0
-            width = rng.uniform(2, 5) if ground else rng.uniform(0.2, 1.0)
-            reach = rng.expovariate(1 / data["motion"])  # Of the side, from the first to the last.
-            x, y, turn = (rng.uniform(-1, 1) for _ in range(3))
-            at, by = rng.uniform(-0.8, 0.8) * (not ground), rng.uniform(-0.8, 0.8) * (not ground)
-            angle = rng.uniform(-180, 180) if ground else rng.uniform(-30, 30)
-            growth = rng.uniform(-0.5, 0.5) * reach
-            for step, sprite in enumerate(self.sprites(ground, rng)):
-                t = (step - 1) / 2
-                z = width * (1 + growth * t)
-                place = Pose(
-                    at + 2 * reach * x * t,
-                    by + 2 * reach * y * t,
-                    z,
-                    z,
-                    angle + 60 * reach * turn * t,
-                )
-                draw_sticker(frames[step], sprite, place)
-        tensors = [to_tensor(f.convert("RGB").resize(2 * (self.size,), BOX))[0] for f in frames]
-        return torch.stack(tensors)
-
-    def sprites(self, ground: bool, rng: random.Random) -> list[Image.Image]:
-        """A sticker three times, or three even frames of a loop."""
-        if ground or rng.random() >= self.recipe["data"]["animated_share"]:
-            return [self.stickers.image(rng.randrange(len(self.stickers)))] * 3
-        clip = self.loops.clip(rng.randrange(len(self.loops))).frames
-        stride = rng.choice((1, 1, 2))
-        start = rng.randrange(clip.shape[1] - 2 * stride)
-        return to_pil(clip[:, start : start + 2 * stride + 1 : stride].transpose(0, 1))
+        seeds = torch.randint(2**62, (size,), generator=generator)[rows].tolist()
+        first, middle, last = torch.stack([self.scenes.scene(seed) for seed in seeds], 1)
+        weight = self.recipe["loss"]["decibels"]
+        return {"frame0": first, "frame1": last, "target": middle, "decibels": weight}
 
     @torch.no_grad()
     def sample(self, path: Path) -> None:
         """First, true middle, found middle and last frames of eight scenes."""
-        first, middle, last = torch.stack([self.scene(random.Random(i)) for i in range(8)], 1)
+        first, middle, last = torch.stack([self.scenes.scene(seed) for seed in range(8)], 1)
         found = self.model.interpolate(first.to(self.device), last.to(self.device)).cpu()
         rows = torch.cat([first, middle, found, last])
         save_grid(to_pil(rows), 8, path)

@@ -493,7 +493,12 @@ class VFIMamba(ModelMixin, ConfigMixin):
         return total / weights
 
     def forward(
-        self, frame0: Tensor, frame1: Tensor, target: Tensor, timestep: float | Tensor = 0.5
+        self,
+        frame0: Tensor,
+        frame1: Tensor,
+        target: Tensor,
+        timestep: float | Tensor = 0.5,
+        decibels: float = 0.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Laplacian losses of the prediction and, with weight 0.5, of each stage's merged frames.
 
@@ -503,6 +508,9 @@ class VFIMamba(ModelMixin, ConfigMixin):
         Args:
             frame0, frame1, target: ``[B, 3, H, W]`` in [-1, 1], sides multiples of 32.
             timestep: of the target, 0 to 1, for all or ``[B]``.
+            decibels: weight of minus the prediction's PSNR in dB (its mean over the items). A hardly
+                moving pair, where little is left to win by any other measure, then counts as much as
+                others ("NAFNet", Chen et al., arXiv 2204.04676, trains by this alone).
 
         Raises:
             InputError: sides that are no multiples of 32.
@@ -520,9 +528,11 @@ class VFIMamba(ModelMixin, ConfigMixin):
         predicted = self.refine(images, motions[-1], features).clamp(0, 1)
         final = laplacian_loss(predicted, truth)
         stages = sum(laplacian_loss(motion.merged, truth) for motion in motions)
-        mse = F.mse_loss(predicted.detach(), truth)
-        parts = {"laplacian": final.detach(), "stages": stages.detach(), "psnr": -10 * mse.log10()}
-        return final + 0.5 * stages, parts
+        mse = (predicted - truth).square().mean((1, 2, 3))
+        psnr = -10 * mse.clamp(min=1e-7).log10().mean()
+        parts = {"laplacian": final, "stages": stages, "psnr": psnr}
+        parts = {name: value.detach() for name, value in parts.items()}
+        return final + 0.5 * stages - decibels * psnr, parts
 
     @torch.no_grad()
     def interpolate(

@@ -154,6 +154,10 @@ def test_training_lowers_the_loss():
     assert set(parts) == {"laplacian", "stages", "psnr"}
     unused = [name for name, p in model.named_parameters() if p.grad is None]
     assert not unused
+    with torch.no_grad():
+        plain, parts = model(first, last, target)
+        weighed, _ = model(first, last, target, decibels=0.1)
+    torch.testing.assert_close(weighed, plain - 0.1 * parts["psnr"])
 
 
 def test_published_names():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 
 import pytest
@@ -21,6 +22,7 @@ from tessera.tests.tiny import tiny_clip, tiny_pack
 from tessera.tokenizers.video.nbp import NBPTokenizer
 from tessera.training.config import load_recipe
 from tessera.training.id_warm_start import smooth_ids
+from tessera.training.moving_scenes import MovingScenes
 from tessera.training.trainer import train
 from tessera.training.video_tasks import Animations, augment, start_at_average, to_uint8
 from tessera.training.video_warm_start import local_components
@@ -107,7 +109,7 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("name", ["tokenizer", "decoder", "generator", "lingen", "interpolation"])
 def test_every_recipe_trains_and_shows_samples(runs, name):
     steps, found = losses(runs / name)
-    assert steps == [1, 2, 3] and all(loss > 0 for loss in found)
+    assert steps == [1, 2, 3] and all(map(math.isfinite, found))
     assert (runs / name / "samples" / "000003.png").is_file()
 
 
@@ -173,6 +175,49 @@ def test_interpolation_starts_at_the_mean_of_the_frames():
         model(*clips)[0].backward()
         optimizer.step()
     assert float(model.features.blocks[0][0].weight.grad.abs().max()) > 0
+
+
+def scenes(runs, **options) -> MovingScenes:
+    settings = {"size": 32, "layers": 2, "motion": 0.1, "still_share": 0.0, "animated_share": 0.0}
+    packs = {"root": runs / "animated", "stickers": runs / "stickers", "options": {}}
+    return MovingScenes(packs | settings | {"noise": 1e-6} | options)
+
+
+def test_scenes_come_from_their_seed(runs):
+    made = scenes(runs, animated_share=0.5)
+    first = [made.scene(seed) for seed in range(8)]
+    assert all(scene.shape == (3, 3, 32, 32) and scene.abs().max() <= 1 for scene in first)
+    assert all(
+        map(torch.equal, first, [scenes(runs, animated_share=0.5).scene(k) for k in range(8)])
+    )
+    assert not torch.equal(first[0], first[1])
+
+
+def test_things_move_evenly(runs):
+    """The centre of the middle frame lies halfway between the others."""
+    made, places = scenes(runs, motion=0.4), torch.arange(64.0)
+    moved = []
+    for seed in range(60):
+        alpha = made.draw(False, random.Random(seed))[:, 3]
+        if max(alpha[:, edge].max() for edge in (0, -1)) > 0 or alpha[..., [0, -1]].max() > 0:
+            continue  # It leaves the canvas.
+        mass = alpha.sum((1, 2))
+        for share in (alpha.sum(1), alpha.sum(2)):
+            first, middle, last = ((share * places).sum(1) / mass).tolist()
+            assert abs((first + last) / 2 - middle) < 0.3
+            moved.append(abs(last - first))
+    assert len(moved) > 6 and max(moved) > 5
+
+
+def test_grounds_stand_still_and_frames_have_noise(runs):
+    made = scenes(runs, still_share=1.0)
+    ground = made.draw(True, random.Random(0))
+    assert torch.equal(ground[0], ground[2]) and ground.std() > 0.01
+    still = scenes(runs, motion=1e-9)
+    assert all(torch.allclose(*still.scene(seed)[::2], atol=1e-3) for seed in range(4))
+    noisy = scenes(runs, motion=1e-9, noise=0.05)
+    wrong = [float((a - b).std() / 2) for a, _, b in map(noisy.scene, range(20))]
+    assert 0.02 < sum(wrong) / len(wrong) < 0.15
 
 
 def test_held_out_pairs_are_never_drawn(runs):

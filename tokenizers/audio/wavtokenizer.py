@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ...kernels.linear import Linear
 from ...modalities.audio import log_mel
+from ...modalities.errors import InputError
 from ..base import AudioTokenizer
 from ..quantizers.ema import EMACodebook
 from ..quantizers.vq import codebook_use
@@ -151,6 +152,9 @@ class MelEncoder(nn.Module):
             ones times.
         n_mels: bands at the longest window, fewer in proportion to the root of shorter ones.
         dim, intermediate_dim, num_layers: width, MLP width and number of the blocks.
+
+    Raises:
+        InputError: windows that are no multiples of the hop.
     """
 
     def __init__(
@@ -165,6 +169,10 @@ class MelEncoder(nn.Module):
         num_layers: int = 4,
     ):
         super().__init__()
+        if any(n_fft % hop for n_fft in windows):
+            raise InputError(
+                f"Windows must be multiples of the hop of {hop} samples, got {list(windows)}."
+            )
         self.sample_rate, self.hop = sample_rate, hop
         self.bands = {n: round(n_mels * (n / max(windows)) ** 0.5) for n in windows}
         self.embed = nn.Conv1d(sum(self.bands.values()), dim, 7, padding=3)
@@ -176,7 +184,7 @@ class MelEncoder(nn.Module):
         self.out = Linear(dim, latent_dim)
 
     def features(self, audio: Tensor) -> Tensor:
-        """``[B, 1, L]`` -> log-mel bands of all windows ``[B, bands, ceil(L / hop)]``, about [-1, 1].
+        """``[B, 1, L]`` -> log-mel bands of all windows ``[B, bands, ceil(L / hop)]``, about -1 to 2.
 
         Frame t is that of the samples around the middle of hop t.
         """
@@ -184,7 +192,7 @@ class MelEncoder(nn.Module):
         audio = F.pad(audio[:, 0].float(), (0, frames * self.hop - audio.shape[-1]))
         spectra = []
         for n_fft, n_mels in self.bands.items():
-            # Half a window on each side, less half a hop: the transform centres its frames itself.
+            # Enough silence that no frame reaches beyond it, where the transform would mirror.
             padded = F.pad(audio, (n_fft - self.hop // 2, n_fft))
             mel = log_mel(
                 padded, self.sample_rate, 1e-4, n_fft=n_fft, hop_length=self.hop, n_mels=n_mels

@@ -223,6 +223,38 @@ def test_clips_are_continued(model):
     assert not torch.allclose(other[:, :, 1:], steps[-1][:, :, 1:], atol=1e-3)
 
 
+def test_known_frames_are_shown_free_of_noise():
+    model = build(known_share=1.0)
+    seen = []
+    model.input.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    latents = torch.randn(2, 4, 3, 4, 4, generator=seeds(1)[0])
+    frame = model.grid(latents.shape[2:])[1] * model.grid(latents.shape[2:])[2]
+    features, mask = text(2)
+    model.train()(latents, features, mask, seeds(3)[0])
+    clear = latents.unfold(3, 2, 2).unfold(4, 2, 2).permute(0, 2, 3, 4, 1, 5, 6).flatten(4)
+    clear = clear.flatten(1, 3)
+    assert torch.equal(seen[0][:, :frame], clear[:, :frame])
+    assert not torch.isclose(seen[0][:, 2 * frame :], clear[:, 2 * frame :]).all(-1).any()
+    # Sampling does the same, at every step and in both halves of guidance.
+    seen.clear()
+    known = latents[:, :, :1]
+    made = model.eval().generate(features, mask, seeds(1, 2), (3, 4, 4), known=known)
+    assert len(seen) == SMALL["num_steps"]
+    assert all(torch.equal(x[:, :frame], clear[:, :frame].repeat(2, 1, 1)) for x in seen)
+    assert torch.equal(made[:, :, :1], known)
+
+
+@pytest.mark.parametrize(("frame", "counts"), [(0, False), (1, True)])
+def test_frames_that_are_shown_are_not_counted(frame, counts):
+    model, (features, mask) = build(known_share=1.0).train(), text()
+    latents = torch.randn(1, 4, 2, 4, 4, generator=seeds(1)[0])
+    plain, _ = model(latents, features, mask, seeds(3)[0])
+    wrong = torch.zeros(8, 1)
+    wrong[4 * frame : 4 * frame + 4] = 1.0
+    model.output.register_forward_hook(lambda _, inputs, output: output + wrong)
+    assert torch.equal(model(latents, features, mask, seeds(3)[0])[0], plain) != counts
+
+
 def test_save_and_load(model, tmp_path):
     model.save_pretrained(tmp_path)
     again = LinGen.from_pretrained(tmp_path)

@@ -162,6 +162,9 @@ class LinGen(ModelMixin, ConfigMixin):
         text_dim: width of the text's features.
         window, review_window, review_tokens_from, d_state, headdim: of `MATE`.
         text_dropout: share of the items whose text is hidden in training.
+        known_share: share of the clips whose first frames, one more often than more, stand free of
+            noise in training and are not counted. Sampling then shows frames that are known as
+            they are at every step; a model trained without sees them under the noise of the step.
         num_steps, guidance_scale: of sampling, unless `stream` is told others.
     """
 
@@ -183,6 +186,7 @@ class LinGen(ModelMixin, ConfigMixin):
         d_state: int = 64,
         headdim: int = 64,
         text_dropout: float = 0.1,
+        known_share: float = 0.0,
         num_steps: int = 50,
         guidance_scale: float = 7.5,
     ):
@@ -287,8 +291,17 @@ class LinGen(ModelMixin, ConfigMixin):
         times = torch.randn(len(latents), **random).sigmoid()
         noise = torch.randn(latents.shape, **random)
         x = torch.lerp(latents, noise, times[:, None, None, None, None])
+        frames = latents.shape[2]
+        known = torch.zeros(len(latents), frames, dtype=torch.bool, device=latents.device)
+        if frames > 1 and self.config.known_share > 0:
+            count = torch.randint(1, frames, (2, len(latents)), **random).amin(0)
+            shown = torch.rand(len(latents), **random) < self.config.known_share
+            known = torch.arange(frames, device=latents.device) < (count * shown)[:, None]
+        known = known[:, None, :, None, None]
+        x = torch.where(known, latents, x)
         velocity = self.velocity(x, times, self.condition(text_features, text_mask))
-        loss = F.mse_loss(velocity, noise - latents)
+        counted = (~known).expand_as(latents)
+        loss = (velocity - (noise - latents))[counted].square().mean()
         return loss, {"mse": loss.detach()}
 
     @torch.no_grad()
@@ -338,6 +351,7 @@ class LinGen(ModelMixin, ConfigMixin):
                 )
             kept = (torch.arange(frames, device=device) < known.shape[2])[:, None, None]
             known = F.pad(known.float(), (0, 0, 0, 0, 0, frames - known.shape[2]))
+        clear = known is not None and config.known_share > 0
         guided = scale != 1
         if guided:
             if null_features is None:
@@ -352,7 +366,8 @@ class LinGen(ModelMixin, ConfigMixin):
         condition = self.condition(text_features, text_mask)
 
         def velocity(x: Tensor, time: float) -> Tensor:
-            rows = x.repeat(1 + guided, 1, 1, 1, 1)
+            shown = torch.where(kept, known, x) if clear else x
+            rows = shown.repeat(1 + guided, 1, 1, 1, 1)
             v = self.velocity(rows, torch.full((len(rows),), time, device=device), condition)
             v = guide(*v.chunk(2), scale) if guided else v
             return v if known is None else hold(v, x, time, known, kept)

@@ -157,7 +157,9 @@ def test_training_lowers_the_loss():
     with torch.no_grad():
         plain, parts = model(first, last, target)
         weighed, _ = model(first, last, target, decibels=0.1)
+        pulled, told = model(first, last, target, flow=torch.zeros(1, 4, 32, 32), pull=0.1)
     torch.testing.assert_close(weighed, plain - 0.1 * parts["psnr"])
+    assert told["pixels"] > 0 and pulled > plain
 
 
 def test_published_names():

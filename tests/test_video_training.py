@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from tessera.generators.conditioning.text import text_prefix
-from tessera.generators.linear_video.vfimamba import VFIMamba
+from tessera.generators.linear_video.vfimamba import VFIMamba, warp
 from tessera.generators.next_block.nbp import NBP as BlockModel
 from tessera.modalities.datasets import StickerPack
 from tessera.modalities.errors import InputError
@@ -186,11 +186,25 @@ def scenes(runs, **options) -> MovingScenes:
 def test_scenes_come_from_their_seed(runs):
     made = scenes(runs, animated_share=0.5)
     first = [made.scene(seed) for seed in range(8)]
-    assert all(scene.shape == (3, 3, 32, 32) and scene.abs().max() <= 1 for scene in first)
-    assert all(
-        map(torch.equal, first, [scenes(runs, animated_share=0.5).scene(k) for k in range(8)])
-    )
-    assert not torch.equal(first[0], first[1])
+    again = [scenes(runs, animated_share=0.5).scene(seed) for seed in range(8)]
+    for (frames, motion), others in zip(first, again, strict=True):
+        assert frames.shape == (3, 3, 32, 32) and frames.abs().max() <= 1
+        assert motion.shape == (4, 32, 32)
+        assert torch.equal(frames, others[0]) and torch.equal(motion, others[1])
+    assert not torch.equal(first[0][0], first[1][0])
+
+
+def test_the_motion_of_a_scene_leads_from_the_middle_to_the_others(runs):
+    """Warped by it, the outer frames are the middle one, but for edges and what is hidden."""
+    made, wins = scenes(runs, motion=0.1, size=64, layers=1), 0
+    for seed in range(20):
+        frames, motion = made.scene(seed)
+        first, middle, last = frames[:, None]
+        for other, way in ((first, motion[:2]), (last, motion[2:])):
+            moved = (warp(other, way[None]) - middle).abs().median()
+            assert moved < 0.02
+            wins += bool((warp(other, -way[None]) - middle).abs().mean() > 1.2 * moved)
+    assert wins > 20
 
 
 def test_things_move_evenly(runs):
@@ -198,7 +212,8 @@ def test_things_move_evenly(runs):
     made, places = scenes(runs, motion=0.4), torch.arange(64.0)
     moved = []
     for seed in range(60):
-        alpha = made.draw(False, random.Random(seed))[:, 3]
+        rng = random.Random(seed)
+        alpha = made.draw(made.poses(False, rng), False, rng)[:, 3]
         if max(alpha[:, edge].max() for edge in (0, -1)) > 0 or alpha[..., [0, -1]].max() > 0:
             continue  # It leaves the canvas.
         mass = alpha.sum((1, 2))
@@ -211,12 +226,13 @@ def test_things_move_evenly(runs):
 
 def test_grounds_stand_still_and_frames_have_noise(runs):
     made = scenes(runs, still_share=1.0)
-    ground = made.draw(True, random.Random(0))
+    rng = random.Random(0)
+    ground = made.draw(made.poses(True, rng), True, rng)
     assert torch.equal(ground[0], ground[2]) and ground.std() > 0.01
     still = scenes(runs, motion=1e-9)
-    assert all(torch.allclose(*still.scene(seed)[::2], atol=1e-3) for seed in range(4))
+    assert all(torch.allclose(*still.scene(seed)[0][::2], atol=1e-3) for seed in range(4))
     noisy = scenes(runs, motion=1e-9, noise=0.05)
-    wrong = [float((a - b).std() / 2) for a, _, b in map(noisy.scene, range(20))]
+    wrong = [float((a - b).std() / 2) for (a, _, b), _ in map(noisy.scene, range(20))]
     assert 0.02 < sum(wrong) / len(wrong) < 0.15
 
 

@@ -475,14 +475,16 @@ class InterpolationTask(Task):
         self, index: int, size: int, generator: torch.Generator, rows: slice
     ) -> dict[str, Any]:
         seeds = torch.randint(2**62, (size,), generator=generator)[rows].tolist()
-        first, middle, last = torch.stack([self.scenes.scene(seed) for seed in seeds], 1)
-        weight = self.recipe["loss"]["decibels"]
-        return {"frame0": first, "frame1": last, "target": middle, "decibels": weight}
+        frames, motion = map(torch.stack, zip(*map(self.scenes.scene, seeds), strict=True))
+        first, middle, last = frames.unbind(1)
+        weights = {"decibels": self.recipe["loss"]["decibels"], "pull": self.recipe["loss"]["flow"]}
+        return {"frame0": first, "frame1": last, "target": middle, "flow": motion, **weights}
 
     @torch.no_grad()
     def sample(self, path: Path) -> None:
         """First, true middle, found middle and last frames of eight scenes."""
-        first, middle, last = torch.stack([self.scenes.scene(seed) for seed in range(8)], 1)
+        scenes = [self.scenes.scene(seed)[0] for seed in range(8)]
+        first, middle, last = torch.stack(scenes, 1)
         found = self.model.interpolate(first.to(self.device), last.to(self.device)).cpu()
         rows = torch.cat([first, middle, found, last])
         save_grid(to_pil(rows), 8, path)

@@ -499,6 +499,8 @@ class VFIMamba(ModelMixin, ConfigMixin):
         target: Tensor,
         timestep: float | Tensor = 0.5,
         decibels: float = 0.0,
+        flow: Tensor | None = None,
+        pull: float = 0.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Laplacian losses of the prediction and, with weight 0.5, of each stage's merged frames.
 
@@ -511,6 +513,10 @@ class VFIMamba(ModelMixin, ConfigMixin):
             decibels: weight of minus the prediction's PSNR in dB (its mean over the items). A hardly
                 moving pair, where little is left to win by any other measure, then counts as much as
                 others ("NAFNet", Chen et al., arXiv 2204.04676, trains by this alone).
+            flow: true motion ``[B, 4, H, W]`` in pixels from the target to frame0 and frame1, where
+                it is known, as in drawn scenes.
+            pull: weight of the distance in pixels of each stage's flow to it. A warp alone teaches
+                only motions of about a pixel; IFRNet (arXiv 2205.14620, section 3.3) pulls likewise.
 
         Raises:
             InputError: sides that are no multiples of 32.
@@ -530,9 +536,14 @@ class VFIMamba(ModelMixin, ConfigMixin):
         stages = sum(laplacian_loss(motion.merged, truth) for motion in motions)
         mse = (predicted - truth).square().mean((1, 2, 3))
         psnr = -10 * mse.clamp(min=1e-7).log10().mean()
+        loss = final + 0.5 * stages - decibels * psnr
         parts = {"laplacian": final, "stages": stages, "psnr": psnr}
-        parts = {name: value.detach() for name, value in parts.items()}
-        return final + 0.5 * stages - decibels * psnr, parts
+        if flow is not None:
+            wrong = [
+                (motion.flow - flow).unflatten(1, (2, 2)).norm(dim=2).mean() for motion in motions
+            ]
+            loss, parts["pixels"] = loss + pull * sum(wrong), wrong[-1]
+        return loss, {name: value.detach() for name, value in parts.items()}
 
     @torch.no_grad()
     def interpolate(

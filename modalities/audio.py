@@ -140,6 +140,10 @@ def _read_soundfile(file: BinaryIO, name: str, max_seconds: float) -> tuple[np.n
         # Read to the end, whatever length the header claims.
         blocks, limit, count = [], max_seconds * sound.samplerate, 0
         try:
+            if sound.seekable():
+                # Only a seek makes libsndfile 1.2.2 leave out what Opus asks to be left out at the
+                # start of files by FFmpeg; soundfile seeks after each block.
+                sound.seek(0)
             while len(block := sound.read(_BLOCK, dtype="float32", always_2d=True)):
                 blocks.append(block.T)
                 count += len(block)

@@ -238,17 +238,36 @@ class VocosBackbone(nn.Module):
 
 class ISTFTHead(nn.Module):
     """Features ``[B, T, dim]`` -> samples ``[B, T * hop]``: a linear layer gives log magnitude and
-    phase of each frame's spectrum; the frames are 4 hops long (Vocos, section 3.2)."""
+    phase of each frame's spectrum; the frames are 4 hops long (Vocos, section 3.2).
 
-    def __init__(self, dim: int, hop: int):
+    Args:
+        running: phases go on from frame to frame, each bin at its own frequency or near it, and the
+            layer gives that small difference too. Features that stay the same are then a steady
+            sound; under phases of Vocos' kind they repeat one frame, a buzz at the frame rate. (The
+            idea is GANSynth's: "GANSynth: Adversarial Neural Audio Synthesis", Engel et al., 2019,
+            arXiv 1902.08710, section 2.)
+    """
+
+    def __init__(self, dim: int, hop: int, running: bool = False):
         super().__init__()
-        self.hop = hop
-        self.out = Linear(dim, 4 * hop + 2)
+        self.hop, self.running = hop, running
+        self.out = Linear(dim, (3 if running else 2) * (2 * hop + 1))
         self.register_buffer("window", torch.hann_window(4 * hop), persistent=False)
+
+    def run(self, phase: Tensor, change: Tensor) -> Tensor:
+        """Phases in the middle of each frame and changes of the pace -> phases at its start."""
+        bins = torch.arange(phase.shape[-1], device=phase.device)
+        frames = torch.arange(phase.shape[1], device=phase.device)[:, None]
+        # A quarter turn a frame and bin, and half a turn a bin from the middle to the start.
+        turns = (frames * bins + 2 * bins) % 4 * (math.pi / 2)
+        # At most one bin away.
+        return phase + turns + (math.pi / 2 * change.tanh()).cumsum(1)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            log_magnitude, phase = self.out(x).float().chunk(2, -1)
+            log_magnitude, phase, *change = self.out(x).float().split(2 * self.hop + 1, -1)
+            if self.running:
+                phase = self.run(phase, *change)
             spectrum = torch.polar(log_magnitude.exp().clamp(max=1e2), phase)
             frames = torch.fft.irfft(spectrum, 4 * self.hop) * self.window
             envelope = overlap_add(self.window.square().expand(1, x.shape[1], -1), self.hop)
@@ -284,6 +303,7 @@ class WavTokenizer(ModelMixin, ConfigMixin, AudioTokenizer):
         codebook: further options of `EMACodebook`, for training.
         mel_encoder: options of a `MelEncoder`, which then stands in the place of the published
             encoder (``filters`` and ``lstm_layers`` mean nothing).
+        running_phase: of the `ISTFTHead`; wanted with a `MelEncoder`, whose tokens hold no phase.
     """
 
     @register_to_config
@@ -300,6 +320,7 @@ class WavTokenizer(ModelMixin, ConfigMixin, AudioTokenizer):
         num_layers: int = 12,
         codebook: dict[str, float] | None = None,
         mel_encoder: dict[str, Any] | None = None,
+        running_phase: bool = False,
     ):
         super().__init__()
         self.sample_rate = sample_rate
@@ -311,7 +332,7 @@ class WavTokenizer(ModelMixin, ConfigMixin, AudioTokenizer):
             self.encoder = MelEncoder(sample_rate, self.hop, latent_dim, **mel_encoder)
         self.quantizer = EMACodebook(vocab_size, latent_dim, **(codebook or {}))
         self.backbone = VocosBackbone(latent_dim, dim, intermediate_dim, num_layers)
-        self.head = ISTFTHead(dim, self.hop)
+        self.head = ISTFTHead(dim, self.hop, running_phase)
 
     def init_weights(self) -> None:
         """Vocos' start in the decoder; in the encoder weights that keep the variance.
@@ -332,6 +353,11 @@ class WavTokenizer(ModelMixin, ConfigMixin, AudioTokenizer):
                 if isinstance(module, (nn.Conv1d, nn.Linear)):
                     nn.init.trunc_normal_(module.weight, std=0.02)
                     nn.init.zeros_(module.bias)
+        if self.head.running:
+            # The bins begin at their own frequencies.
+            bins = 2 * self.hop + 1
+            nn.init.zeros_(self.head.out.weight[bins:])
+            nn.init.zeros_(self.head.out.bias[bins:])
 
     def encode_latents(self, audio: Tensor) -> Tensor:
         """Samples ``[B, 1, L]`` -> latents ``[B, latent_dim, T]`` before quantization."""

@@ -324,6 +324,14 @@ def test_opus_of_another_rate(tmp_path):
     assert rate == 24_000 and audio.shape == (1, 12_000)
 
 
+def test_opus_of_ffmpeg_begins_where_the_sound_begins(tmp_path):
+    """Not earlier by what the encoder asks to leave out, with a jump after the first block read."""
+    audio = tone(1.0, 48_000, 300.0) * torch.linspace(0, 1, 48_000)
+    write_av(tmp_path / "a.opus", audio, 48_000, "libopus")
+    loaded = load_audio(tmp_path / "a.opus")[0][:, :48_000]
+    assert float((loaded - audio)[:, 500:].abs().max()) < 0.05
+
+
 def test_refused_writes_leave_nothing(tmp_path, record):
     refusals = [
         (lambda: save_audio(tone(), RATE, tmp_path / "a.mp3"), "must end in"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from torch import nn
 
 from tessera.modalities.errors import InputError
-from tessera.tokenizers.audio.wavtokenizer import MelEncoder, WavTokenizer
+from tessera.tokenizers.audio.wavtokenizer import ISTFTHead, MelEncoder, WavTokenizer
 
 HOP, RATE = 64, 4000
 WINDOWS = {"windows": [128, 512], "n_mels": 32, "dim": 24, "intermediate_dim": 32, "num_layers": 2}
@@ -24,6 +27,7 @@ def codec() -> WavTokenizer:
         intermediate_dim=32,
         num_layers=1,
         mel_encoder=WINDOWS,
+        running_phase=True,
     )
     codec.init_weights()
     codec.quantizer.embed.normal_(std=0.05)
@@ -74,6 +78,29 @@ def test_a_sound_a_hop_later_has_its_frames_a_hop_later(codec):
     later = torch.cat([torch.zeros(1, 1, HOP), audio], -1)
     moved = codec.encoder.features(later)[..., 1:]
     torch.testing.assert_close(moved, codec.encoder.features(audio), rtol=0, atol=1e-4)
+
+
+def test_features_that_stay_the_same_are_a_steady_tone():
+    """With energy in one bin, at its frequency or the next one's; without running phases a buzz."""
+    bin_, bins, frames = 21, 2 * HOP + 1, 60
+    loud = torch.full((1, frames, bins), -20.0)
+    loud[..., bin_] = 2.0
+
+    def strongest(running: bool, pace: float = 0.0) -> tuple[float, float]:
+        head = ISTFTHead(4, HOP, running)
+        change = [torch.full_like(loud, pace)] * running
+        layers = torch.cat([loud, torch.zeros_like(loud), *change], -1)
+        head.out = nn.Identity()
+        audio = head(layers)[0, 10 * HOP : -10 * HOP]
+        spectrum = torch.fft.rfft(audio * torch.hann_window(len(audio))).abs().square()
+        return float(spectrum.argmax()) * 4 * HOP / len(audio), float(
+            spectrum.max() / spectrum.sum()
+        )
+
+    place, share = strongest(True)
+    assert abs(place - bin_) < 0.1 and share > 0.3
+    assert abs(strongest(True, pace=math.atanh(0.5))[0] - (bin_ + 0.5)) < 0.1
+    assert abs(strongest(False)[0] - bin_) > 0.5
 
 
 def test_saved_and_loaded(codec, tmp_path):

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from tessera.generators.autoregressive.flexar import FlexAR
 from tessera.generators.conditioning.clip import TextImageCLIP, train_bpe
+from tessera.tokenizers.audio.spectrum_vq import SpectrumVQ
 from tessera.tokenizers.audio.wavtokenizer import WavTokenizer
 from tessera.tokenizers.image.flextok import FlexTok
 
@@ -302,6 +303,27 @@ def tiny_codec(
     )
     codec.init_weights()
     codec.quantizer.embed.normal_()
+    return codec.eval()
+
+
+def tiny_spectrum_codec(sample_rate: int = 1000, hop: int = 10, n_fft: int = 80) -> SpectrumVQ:
+    """SpectrumVQ, by default of 1 kHz and 100 frames a second; what it decodes is noise."""
+    torch.manual_seed(4)
+    codec = SpectrumVQ(
+        sample_rate,
+        hop,
+        n_fft,
+        latent_dim=8,
+        vocab_size=32,
+        dim=32,
+        intermediate_dim=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        codebook={"dead_code_threshold": 0.1, "kmeans_iterations": 10},
+    )
+    codec.init_weights()
+    with torch.no_grad():
+        codec.quantizer.embed.normal_(std=0.02)
     return codec.eval()
 
 

@@ -17,6 +17,7 @@ from ..modalities.audio_datasets import Utterance, load_sounds, load_utterances,
 from ..modalities.errors import InputError
 from ..modalities.image import save_image
 from ..modalities.phonemes import PHONES
+from ..tokenizers.audio.spectrum_vq import SpectrumVQ
 from ..tokenizers.audio.wavtokenizer import WavTokenizer
 from ..tokenizers.auto import AutoTokenizer
 from .audio_losses import AudioAdversarialLoss, AudioDiscriminators, CodecLoss
@@ -26,7 +27,40 @@ from .tasks import Task, build, load_frozen, shuffled_index
 CODEC_PEAK = -3.0
 
 
-class CodecTask(Task):
+class SoundCrops(Task):
+    """Random crops of sounds, for a ``codec``."""
+
+    codec: WavTokenizer | SpectrumVQ
+
+    def load(self) -> None:
+        self.sounds = load_sounds(self.recipe["data"], self.codec.sample_rate)
+
+    def batch(
+        self, index: int, size: int, generator: torch.Generator, rows: slice
+    ) -> dict[str, Any]:
+        picked = shuffled_index(index, size, len(self.sounds), self.recipe["seed"])
+        samples = round(self.recipe["data"]["seconds"] * self.codec.sample_rate)
+        samples -= samples % self.codec.hop
+        audio = random_crops([self.sounds[int(i)] for i in picked], samples, generator)
+        step = index // self.recipe["training"]["gradient_accumulation"]
+        return {"audio": audio[rows], "step": step}
+
+    @torch.no_grad()
+    def sample(self, path: Path) -> None:
+        """Spectrograms of four sounds, and below each that of what its tokens decode to."""
+        pictures = []
+        for sound in self.sounds[:: max(1, len(self.sounds) // 4)][:4]:
+            audio = sound.float()[None, None].to(self.device)
+            decoded = self.codec.decode(self.codec.encode(audio))[..., : audio.shape[-1]]
+            for each in (audio, decoded):
+                pictures.append(spectrogram_image(each[0], self.codec.sample_rate))
+        save_stack(pictures, path)
+
+    def export(self, folder: Path) -> None:
+        self.codec.save_pretrained(folder)
+
+
+class CodecTask(SoundCrops):
     """WavTokenizer on random crops of sounds.
 
     ``start: NAME`` begins with the weights of a trained one (shipped, published or a folder).
@@ -54,7 +88,7 @@ class CodecTask(Task):
         else:
             self.codec = build(WavTokenizer, **recipe["model"])
             self.codec.init_weights()
-        self.sounds = load_sounds(recipe["data"], self.codec.sample_rate)
+        self.load()
         adversarial = None
         if loss["weights"]["gan"] > 0:
             adversarial = AudioAdversarialLoss(
@@ -75,29 +109,22 @@ class CodecTask(Task):
         adversarial = self.model.adversarial
         return [self.codec] if adversarial is None else [self.codec, adversarial]
 
+
+class SpectrumCodecTask(SoundCrops):
+    """SpectrumVQ on random crops of sounds."""
+
+    def __init__(self, recipe: dict[str, Any], device: torch.device):
+        super().__init__(recipe, device)
+        self.model = self.codec = build(SpectrumVQ, **recipe["model"])
+        self.codec.init_weights()
+        self.load()
+
     def batch(
         self, index: int, size: int, generator: torch.Generator, rows: slice
     ) -> dict[str, Any]:
-        picked = shuffled_index(index, size, len(self.sounds), self.recipe["seed"])
-        samples = round(self.recipe["data"]["seconds"] * self.codec.sample_rate)
-        samples -= samples % self.codec.hop
-        audio = random_crops([self.sounds[int(i)] for i in picked], samples, generator)
-        step = index // self.recipe["training"]["gradient_accumulation"]
-        return {"audio": audio[rows], "step": step}
-
-    @torch.no_grad()
-    def sample(self, path: Path) -> None:
-        """Spectrograms of four sounds, and below each that of what its tokens decode to."""
-        pictures = []
-        for sound in self.sounds[:: max(1, len(self.sounds) // 4)][:4]:
-            audio = sound.float()[None, None].to(self.device)
-            decoded = self.codec.decode(self.codec.encode(audio))[..., : audio.shape[-1]]
-            for each in (audio, decoded):
-                pictures.append(spectrogram_image(each[0], self.codec.sample_rate))
-        save_stack(pictures, path)
-
-    def export(self, folder: Path) -> None:
-        self.codec.save_pretrained(folder)
+        drawn = super().batch(index, size, generator, rows)
+        quantize = drawn.pop("step") >= self.recipe["quantize_start"]
+        return {**drawn, "quantize": quantize, "commitment": self.recipe["commitment"]}
 
 
 def save_stack(pictures: list[Image.Image], path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .audio_tasks import CodecTask, SoundTask, SpeechTask
+from .audio_tasks import CodecTask, SoundTask, SpectrumCodecTask, SpeechTask
 from .generator_tasks import GeneratorTask
 from .sound_tasks import ARDiTTask, SaShiMiTask
 from .tasks import (
@@ -25,6 +25,7 @@ TASKS: dict[str, type[Task]] = {
     "flexar": FlexARTask,
     "generator": GeneratorTask,
     "codec": CodecTask,
+    "spectrum-codec": SpectrumCodecTask,
     "speech": SpeechTask,
     "sound": SoundTask,
     "sashimi": SaShiMiTask,

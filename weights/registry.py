@@ -20,7 +20,11 @@ import yaml
 from ..modalities.errors import InputError
 
 # Tokenizers of papers that published no weights: only those trained here can be loaded.
-TRAINED_HERE = ("tokenizers.audio.mel:LogMel", "tokenizers.video.phenaki:CViViT")
+TRAINED_HERE = (
+    "tokenizers.audio.mel:LogMel",
+    "tokenizers.audio.spectrum_vq:SpectrumVQ",
+    "tokenizers.video.phenaki:CViViT",
+)
 # The same of generators of video.
 VIDEO_TRAINED_HERE = ("generators.masked.phenaki:Phenaki", "generators.linear_video.lingen:LinGen")
 VIDEO_TASKS = ("text-to-video", "class-to-video", "frame-prediction")

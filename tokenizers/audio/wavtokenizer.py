@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,6 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ...kernels.linear import Linear
-from ...modalities.audio import log_mel
-from ...modalities.errors import InputError
 from ..base import AudioTokenizer
 from ..quantizers.ema import EMACodebook
 from ..quantizers.vq import codebook_use
@@ -140,73 +137,6 @@ class ConvNeXtBlock(nn.Module):
         return x + (self.gamma * h).mT
 
 
-class MelEncoder(nn.Module):
-    """Samples ``[B, 1, L]`` -> latents ``[B, latent_dim, ceil(L / hop)]`` by way of log-mel spectra.
-
-    This project's own: Vocos' blocks over what its decoder has to give back. Magnitudes do not tell
-    a sound from its mirror image or from itself a fraction of a frame later, which SEANet does: the
-    tokens of a steady tone stay the same from frame to frame, and are that much easier to predict.
-
-    Args:
-        windows: lengths of the spectra's windows, in samples; long ones tell pitches apart, short
-            ones times.
-        n_mels: bands at the longest window, fewer in proportion to the root of shorter ones.
-        dim, intermediate_dim, num_layers: width, MLP width and number of the blocks.
-
-    Raises:
-        InputError: windows that are no multiples of the hop.
-    """
-
-    def __init__(
-        self,
-        sample_rate: int,
-        hop: int,
-        latent_dim: int,
-        windows: Sequence[int] = (512, 2048),
-        n_mels: int = 128,
-        dim: int = 192,
-        intermediate_dim: int = 576,
-        num_layers: int = 4,
-    ):
-        super().__init__()
-        if any(n_fft % hop for n_fft in windows):
-            raise InputError(
-                f"Windows must be multiples of the hop of {hop} samples, got {list(windows)}."
-            )
-        self.sample_rate, self.hop = sample_rate, hop
-        self.bands = {n: round(n_mels * (n / max(windows)) ** 0.5) for n in windows}
-        self.embed = nn.Conv1d(sum(self.bands.values()), dim, 7, padding=3)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.blocks = nn.Sequential(
-            *[ConvNeXtBlock(dim, intermediate_dim, 1 / num_layers) for _ in range(num_layers)]
-        )
-        self.final_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.out = Linear(dim, latent_dim)
-
-    def features(self, audio: Tensor) -> Tensor:
-        """``[B, 1, L]`` -> log-mel bands of all windows ``[B, bands, ceil(L / hop)]``, about -1 to 2.
-
-        Frame t is that of the samples around the middle of hop t.
-        """
-        frames = -(-audio.shape[-1] // self.hop)
-        audio = F.pad(audio[:, 0].float(), (0, frames * self.hop - audio.shape[-1]))
-        spectra = []
-        for n_fft, n_mels in self.bands.items():
-            # Enough silence that no frame reaches beyond it, where the transform would mirror.
-            padded = F.pad(audio, (n_fft - self.hop // 2, n_fft))
-            mel = log_mel(
-                padded, self.sample_rate, 1e-4, n_fft=n_fft, hop_length=self.hop, n_mels=n_mels
-            )
-            spectra.append(mel[..., n_fft // self.hop :][..., :frames])
-        return torch.cat(spectra, dim=1) / 4 + 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            mel = self.features(x)
-        x = self.norm(self.embed(mel.to(self.embed.weight.dtype)).mT).mT
-        return self.out(self.final_norm(self.blocks(x).mT)).mT
-
-
 class VocosBackbone(nn.Module):
     """Codes ``[B, latent_dim, T]`` -> features ``[B, T, dim]``.
 
@@ -238,36 +168,17 @@ class VocosBackbone(nn.Module):
 
 class ISTFTHead(nn.Module):
     """Features ``[B, T, dim]`` -> samples ``[B, T * hop]``: a linear layer gives log magnitude and
-    phase of each frame's spectrum; the frames are 4 hops long (Vocos, section 3.2).
+    phase of each frame's spectrum; the frames are 4 hops long (Vocos, section 3.2)."""
 
-    Args:
-        running: phases go on from frame to frame, each bin at its own frequency or near it, and the
-            layer gives that small difference too. Features that stay the same are then a steady
-            sound; under phases of Vocos' kind they repeat one frame, a buzz at the frame rate. (The
-            idea is GANSynth's: "GANSynth: Adversarial Neural Audio Synthesis", Engel et al., 2019,
-            arXiv 1902.08710, section 2.)
-    """
-
-    def __init__(self, dim: int, hop: int, running: bool = False):
+    def __init__(self, dim: int, hop: int):
         super().__init__()
-        self.hop, self.running = hop, running
-        self.out = Linear(dim, (3 if running else 2) * (2 * hop + 1))
+        self.hop = hop
+        self.out = Linear(dim, 4 * hop + 2)
         self.register_buffer("window", torch.hann_window(4 * hop), persistent=False)
-
-    def run(self, phase: Tensor, change: Tensor) -> Tensor:
-        """Phases in the middle of each frame and changes of the pace -> phases at its start."""
-        bins = torch.arange(phase.shape[-1], device=phase.device)
-        frames = torch.arange(phase.shape[1], device=phase.device)[:, None]
-        # A quarter turn a frame and bin, and half a turn a bin from the middle to the start.
-        turns = (frames * bins + 2 * bins) % 4 * (math.pi / 2)
-        # At most one bin away.
-        return phase + turns + (math.pi / 2 * change.tanh()).cumsum(1)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            log_magnitude, phase, *change = self.out(x).float().split(2 * self.hop + 1, -1)
-            if self.running:
-                phase = self.run(phase, *change)
+            log_magnitude, phase = self.out(x).float().chunk(2, -1)
             spectrum = torch.polar(log_magnitude.exp().clamp(max=1e2), phase)
             frames = torch.fft.irfft(spectrum, 4 * self.hop) * self.window
             envelope = overlap_add(self.window.square().expand(1, x.shape[1], -1), self.hop)
@@ -301,9 +212,6 @@ class WavTokenizer(ModelMixin, ConfigMixin, AudioTokenizer):
         vocab_size: number of codes.
         dim, intermediate_dim, num_layers: width, MLP width and blocks of the decoder.
         codebook: further options of `EMACodebook`, for training.
-        mel_encoder: options of a `MelEncoder`, which then stands in the place of the published
-            encoder (``filters`` and ``lstm_layers`` mean nothing).
-        running_phase: of the `ISTFTHead`; wanted with a `MelEncoder`, whose tokens hold no phase.
     """
 
     @register_to_config
@@ -319,20 +227,15 @@ class WavTokenizer(ModelMixin, ConfigMixin, AudioTokenizer):
         intermediate_dim: int = 2304,
         num_layers: int = 12,
         codebook: dict[str, float] | None = None,
-        mel_encoder: dict[str, Any] | None = None,
-        running_phase: bool = False,
     ):
         super().__init__()
         self.sample_rate = sample_rate
         self.hop = math.prod(strides)
         self.vocab_size = vocab_size
-        if mel_encoder is None:
-            self.encoder = SEANetEncoder(filters, strides, latent_dim, lstm_layers)
-        else:
-            self.encoder = MelEncoder(sample_rate, self.hop, latent_dim, **mel_encoder)
+        self.encoder = SEANetEncoder(filters, strides, latent_dim, lstm_layers)
         self.quantizer = EMACodebook(vocab_size, latent_dim, **(codebook or {}))
         self.backbone = VocosBackbone(latent_dim, dim, intermediate_dim, num_layers)
-        self.head = ISTFTHead(dim, self.hop, running_phase)
+        self.head = ISTFTHead(dim, self.hop)
 
     def init_weights(self) -> None:
         """Vocos' start in the decoder; in the encoder weights that keep the variance.
@@ -340,24 +243,14 @@ class WavTokenizer(ModelMixin, ConfigMixin, AudioTokenizer):
         Under PyTorch's own start the signal shrinks from layer to layer below the biases, and all
         latents are alike.
         """
-        vocos = [self.backbone]
-        if isinstance(self.encoder, MelEncoder):
-            vocos.append(self.encoder)
-        else:
-            for module in self.encoder.modules():
-                if isinstance(module, nn.Conv1d):
-                    nn.init.kaiming_normal_(module.weight)
-                    nn.init.zeros_(module.bias)
-        for part in vocos:
-            for module in part.modules():
-                if isinstance(module, (nn.Conv1d, nn.Linear)):
-                    nn.init.trunc_normal_(module.weight, std=0.02)
-                    nn.init.zeros_(module.bias)
-        if self.head.running:
-            # The bins begin at their own frequencies.
-            bins = 2 * self.hop + 1
-            nn.init.zeros_(self.head.out.weight[bins:])
-            nn.init.zeros_(self.head.out.bias[bins:])
+        for module in self.encoder.modules():
+            if isinstance(module, nn.Conv1d):
+                nn.init.kaiming_normal_(module.weight)
+                nn.init.zeros_(module.bias)
+        for module in self.backbone.modules():
+            if isinstance(module, (nn.Conv1d, nn.Linear)):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
 
     def encode_latents(self, audio: Tensor) -> Tensor:
         """Samples ``[B, 1, L]`` -> latents ``[B, latent_dim, T]`` before quantization."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..generators.autoregressive.sound import SoundTransformer
 from ..modalities.errors import InputError
 from ..modalities.text import clean_prompt
-from ..tokenizers.audio.wavtokenizer import WavTokenizer
+from ..tokenizers.base import AudioTokenizer
 from .loading import load_folder
 from .seeds import item_seeds, token_stream
 
@@ -51,7 +51,7 @@ class TextToSoundPipeline(DiffusionPipeline):
         >>> save_audio(sound.sounds[0], sound.sample_rate, "guitar.wav")
 
     Args:
-        codec, generator: the models.
+        codec, generator: the models; the codec has one codebook.
         guidance_scale, temperature, top_k, top_p: defaults of the token sampler.
     """
 
@@ -59,7 +59,7 @@ class TextToSoundPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        codec: WavTokenizer,
+        codec: AudioTokenizer,
         generator: SoundTransformer,
         guidance_scale: float = 1.0,
         temperature: float = 1.0,

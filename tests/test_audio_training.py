@@ -12,7 +12,9 @@ from tessera.modalities.errors import InputError
 from tessera.pipelines.text_to_sound import TextToSoundPipeline
 from tessera.pipelines.text_to_speech import TextToSpeechPipeline
 from tessera.tests.tiny import tiny_tokenizer
+from tessera.tokenizers.audio.mel import LogMel
 from tessera.tokenizers.audio.wavtokenizer import WavTokenizer
+from tessera.tokenizers.auto import AutoTokenizer
 from tessera.training.config import load_recipe
 from tessera.training.trainer import train
 
@@ -27,6 +29,19 @@ CODEC = {
     "dim": 64,
     "intermediate_dim": 32,
     "num_layers": 1,
+}
+SPECTRUM = {
+    "data.seconds": 0.4,
+    "quantize_start": 2,
+    "model.sample_rate": RATE,
+    "model.hop": 64,
+    "model.n_fft": 256,
+    "model.latent_dim": 8,
+    "model.vocab_size": 32,
+    "model.dim": 32,
+    "model.intermediate_dim": 32,
+    "model.encoder_layers": 1,
+    "model.decoder_layers": 1,
 }
 SHORT = {
     "training.steps": 4,
@@ -92,7 +107,8 @@ def runs(tmp_path_factory):
     small = {"model.dim": 32, "model.heads": 2, "model.mlp_hidden": 32, "model.depth": 1}
     small |= {"data.offsets": 2, **SHORT}
     train(recipe("voice-generator", root / "generator", **small, **trained))
-    trained["data.root"] = sounds
+    train(recipe("sound-codec", root / "sound-codec", **SPECTRUM, **SHORT, **{"data.root": sounds}))
+    trained = {"codec": root / "sound-codec" / "model", "data.root": sounds}
     train(recipe("sound-generator", root / "sound-generator", **small, **trained))
     return root
 
@@ -106,6 +122,14 @@ def test_the_codec_learns_with_and_without_discriminators(runs):
         (True, True),
     ]
     assert (runs / "codec" / "samples" / "000004.png").is_file()
+
+
+def test_a_codec_of_spectra_learns_before_and_after_it_is_quantized(runs):
+    rows = (runs / "sound-codec" / "log.jsonl").read_text().splitlines()
+    assert ["perplexity" in json.loads(row) for row in rows] == [False, False, True, True]
+    assert (runs / "sound-codec" / "samples" / "000004.png").is_file()
+    codec = AutoTokenizer.from_pretrained(runs / "sound-codec" / "model")
+    assert codec.decode(codec.encode(tone(300, 0.5)[None])).shape == (1, 1, 2048)
 
 
 def test_a_trained_decoder_keeps_the_tokens(runs):
@@ -157,11 +181,25 @@ def test_the_parts_speak_and_sound(runs, tmp_path):
     assert voice.voices == ["kathleen", "slt"]
     speech = voice("Hello.", seed=1)
     assert speech.audio.shape[-1] > 0 and bool(speech.audio.isfinite().all())
-    parts["generator"] = runs / "sound-generator" / "model"
+    spectra = {"codec": runs / "sound-codec" / "model"}
+    with pytest.raises(InputError, match="needs a WavTokenizer as its codec, got SpectrumVQ"):
+        train(recipe("voice", tmp_path / "voice", **parts | spectra))
+    parts = spectra | {"generator": runs / "sound-generator" / "model"}
     train(recipe("sound", tmp_path / "sound", **parts))
     pipeline = TextToSoundPipeline.from_pretrained(tmp_path / "sound")
     assert list(pipeline.generator.config.words) == ["a", "bell", "high", "low"]
     assert pipeline("a low bell", seconds=0.2).sounds[0].shape[-1] > 0
+
+
+def test_sounds_are_learnt_over_any_codec_of_one_codebook(runs, tmp_path):
+    small = {"model.dim": 32, "model.heads": 2, "model.mlp_hidden": 32, "model.depth": 1, **SHORT}
+    small |= {"data.root": runs / "sounds", "data.offsets": 1}
+    train(recipe("sound-generator", tmp_path / "a", codec=runs / "codec" / "model", **small))
+    config = json.loads((tmp_path / "a" / "model" / "config.json").read_text())
+    assert config["vocab_size"] == 32
+    LogMel(RATE, n_mels=10, n_fft=128, hop=64).save_pretrained(tmp_path / "mel")
+    with pytest.raises(InputError, match="a LogMel: a model of sounds needs"):
+        train(recipe("sound-generator", tmp_path / "b", codec=tmp_path / "mel", **small))
 
 
 def test_a_codec_is_no_generator(runs, tmp_path):

@@ -20,6 +20,7 @@ from ..pipelines.text_to_video import TextToVideoPipeline
 from ..tokenizers.audio.wavtokenizer import WavTokenizer
 from ..tokenizers.auto import AutoTokenizer
 from ..weights.registry import generator_classes, import_class, video_generator_classes
+from .audio_tasks import load_codec
 from .checkpoints import replace_folder
 from .generator_tasks import CLASSES, load_clip
 from .tasks import build, load_frozen
@@ -85,9 +86,12 @@ def assemble_sound(
             f"{', '.join(kinds)}."
         )
     model, kind = kinds[name]
+    codec = load_codec(recipe, dtype)
+    if kind is TextToSpeechPipeline and not isinstance(codec, WavTokenizer):
+        raise InputError(f"A voice needs a WavTokenizer as its codec, got {type(codec).__name__}.")
     return build(
         kind,
-        codec=load_frozen(WavTokenizer, recipe, "codec", dtype),
+        codec=codec,
         generator=load_frozen(model, recipe, "generator", dtype),
         **recipe["pipeline"],
     )

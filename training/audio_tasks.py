@@ -20,6 +20,7 @@ from ..modalities.phonemes import PHONES
 from ..tokenizers.audio.spectrum_vq import SpectrumVQ
 from ..tokenizers.audio.wavtokenizer import WavTokenizer
 from ..tokenizers.auto import AutoTokenizer
+from ..tokenizers.base import AudioTokenizer
 from .audio_losses import AudioAdversarialLoss, AudioDiscriminators, CodecLoss
 from .tasks import Task, build, load_frozen, shuffled_index
 
@@ -163,6 +164,21 @@ def random_crops(sounds: list[Tensor], samples: int, generator: torch.Generator)
     return torch.stack(crops)[:, None]
 
 
+def load_codec(recipe: dict[str, Any], dtype: torch.dtype = torch.float32) -> AudioTokenizer:
+    """The recipe's ``codec``, a name or folder: any of one codebook.
+
+    Raises:
+        InputError: no such tokenizer, or one of another kind.
+    """
+    codec = AutoTokenizer.from_pretrained(recipe["codec"], dtype=dtype)
+    if not isinstance(codec, AudioTokenizer) or codec.num_codebooks != 1 or not codec.vocab_size:
+        raise InputError(
+            f'codec is "{recipe["codec"]}", a {type(codec).__name__}: a model of sounds needs a '
+            "tokenizer of sound with ids of one codebook."
+        )
+    return codec
+
+
 class SpeechTask(Task):
     """Phones to tokens, over cached tokens of a frozen codec.
 
@@ -260,7 +276,7 @@ class SoundTask(Task):
 
     def __init__(self, recipe: dict[str, Any], device: torch.device):
         super().__init__(recipe, device)
-        self.codec = load_frozen(WavTokenizer, recipe, "codec").to(device).eval()
+        self.codec = load_codec(recipe).to(device)
         data = recipe["data"]
         dataset = open_audio_dataset(data["root"], **data["options"])
         self.captions = [dataset.text(i) for i in range(len(dataset))]

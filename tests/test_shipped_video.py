@@ -7,7 +7,9 @@ import json
 import pytest
 import torch
 
+from tessera.evaluation.metrics import psnr
 from tessera.evaluation.video import motion
+from tessera.pipelines.frame_interpolation import FrameInterpolationPipeline
 from tessera.pipelines.text_to_video import TextToVideoPipeline
 from tessera.weights.registry import SHIPPED, model_info
 
@@ -76,3 +78,25 @@ def test_the_first_frame_may_come_from_the_generator(pipe):
     assert not torch.equal(painted[:, :, 0], drawn[:, :, 0])
     index = json.loads((SHIPPED / "animated-sticker" / "model_index.json").read_text())
     assert index["first_frame"] == "sticker"
+
+
+def test_frames_between_are_better_than_the_mean():
+    """A sticker that moves by six pixels over another one, which is neither in training nor drawn so."""
+    pipe = FrameInterpolationPipeline.from_pretrained("interpolation")
+    axis = torch.linspace(-1, 1, 96)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+
+    def frame(at: float) -> torch.Tensor:
+        ground = torch.stack([(9 * x).sin() * (7 * y).cos(), (5 * x + 3 * y).sin(), (8 * y).cos()])
+        inside = ((x - at) ** 2 + (y - at / 2) ** 2 < 0.15)[None]
+        texture = torch.stack([(20 * (x - at)).sin(), 0.8 - y, (11 * (y - at / 2)).cos()])
+        return torch.where(inside, texture, 0.6 * ground).clamp(-1, 1)
+
+    first, truth, last = (frame(at) for at in (-0.0625, 0.0, 0.0625))
+
+    def decibels(made: torch.Tensor, wanted: torch.Tensor) -> float:
+        return float(psnr(made[None], wanted[None]))
+
+    made = list(pipe.stream([first, last]))[1]
+    assert decibels(made, truth) > decibels((first + last) / 2, truth) + 2
+    assert decibels(list(pipe.stream([first, first]))[1], first) > 40

@@ -14,7 +14,15 @@ from typer.testing import CliRunner
 from tessera.app.commands import cli
 from tessera.benchmarks import bench_voice as bench
 from tessera.evaluation import voice as evaluation
-from tessera.evaluation.sound import FRAMES, MELS, evaluate_sound, features
+from tessera.evaluation.sound import (
+    FRAMES,
+    MELS,
+    NOTES,
+    evaluate_sound,
+    features,
+    named_note,
+    strongest_note,
+)
 from tessera.evaluation.voice import Spoken, evaluate_voice, long_text, phone_count
 from tessera.modalities.audio import save_audio
 from tessera.modalities.errors import InputError
@@ -55,6 +63,8 @@ def sound_pack(tmp_path):
     rows, data = [], b""
     generator = torch.Generator().manual_seed(0)
     wanted = [("low", 300, 8), ("middle", 1200, 8), ("high", 4000, 8), ("rare", 2000, 3)]
+    # Of the two labels that name a note, one is right.
+    notes = {"low": " playing a long E flat note", "middle": " playing a C note"}
     for label, pitch, count in wanted:
         for number in range(count):
             time = torch.arange(8000) / 16_000
@@ -66,7 +76,8 @@ def sound_pack(tmp_path):
             save_audio(tone[None], 16_000, tmp_path / "tone.wav")
             encoded = (tmp_path / "tone.wav").read_bytes()
             rows.append(
-                {"id": f"{label}{number}", "caption": f"a {label} bell", "label": label,
+                {"id": f"{label}{number}", "caption": f"a {label} bell{notes.get(label, '')}",
+                 "label": label,
                  "kind": "note", "sr": 16_000, "seconds": 0.5, "file": "sounds.bin",
                  "split": "train" if number < count - 2 else "test", "offset": len(data),
                  "length": len(encoded)}
@@ -135,6 +146,27 @@ def test_features_do_not_depend_on_loudness_or_length():
     assert features(torch.zeros(1, 1), 24_000).isfinite().all()
 
 
+def test_the_strongest_note_is_that_of_the_first_harmonics():
+    time = torch.arange(24_000) / 24_000
+    for hertz, note in ((110.0, "A"), (261.6, "C"), (277.2, "C sharp"), (466.2, "B flat")):
+        sound = sum(torch.sin(2 * torch.pi * hertz * k * time) / k for k in (1, 2, 3, 4))
+        assert strongest_note(0.1 * sound[None], 24_000) == note
+    assert strongest_note(torch.zeros(1, 10), 24_000) in NOTES
+
+
+@pytest.mark.parametrize(
+    ("caption", "note"),
+    [
+        ("flute playing a long C sharp note", "C sharp"),
+        ("a kalimba playing a B note", "B"),
+        ("kalimba playing a E flat major chord", None),
+        ("a note of thanks", None),
+    ],
+)
+def test_notes_are_named(caption, note):
+    assert named_note(caption) == note
+
+
 def test_evaluate_sound(sound_pack, tmp_path):
     console = Console(file=io.StringIO(), width=100)
     report = evaluate_sound(
@@ -145,7 +177,9 @@ def test_evaluate_sound(sound_pack, tmp_path):
     assert report["made_sounds"] == 12
     assert report["accuracy"]["recordings"]["top1"] == 1
     assert report["accuracy"]["generated"]["top1"] < 1
-    assert "generated" in console.file.getvalue()
+    assert report["notes"]["recordings"] == 0.5 and report["test_notes"] == 4
+    assert report["notes"]["generated"] < 1
+    assert "right note" in console.file.getvalue() and "generated" in console.file.getvalue()
     with pytest.raises(InputError, match="at least 1"):
         evaluate_sound(tiny_sound(), sound_pack, 0)
 

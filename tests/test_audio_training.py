@@ -6,7 +6,9 @@ import json
 
 import pytest
 import torch
+from torch.nn.functional import cosine_similarity
 
+from tessera.generators.autoregressive.frames import FrameTransformer
 from tessera.modalities.audio import save_audio
 from tessera.modalities.errors import InputError
 from tessera.pipelines.text_to_sound import TextToSoundPipeline
@@ -15,7 +17,9 @@ from tessera.tests.tiny import tiny_tokenizer
 from tessera.tokenizers.audio.mel import LogMel
 from tessera.tokenizers.audio.wavtokenizer import WavTokenizer
 from tessera.tokenizers.auto import AutoTokenizer
+from tessera.tokenizers.quantizers.ema import EMACodebook
 from tessera.training.config import load_recipe
+from tessera.training.id_warm_start import ids_of_codes
 from tessera.training.trainer import train
 
 RATE = 4000
@@ -191,6 +195,22 @@ def test_the_parts_speak_and_sound(runs, tmp_path):
     assert pipeline("a low bell", seconds=0.2).sounds[0].shape[-1] > 0
 
 
+def test_ids_of_like_codes_begin_alike_and_are_likely_to_be_repeated():
+    torch.manual_seed(0)
+    quantizer = EMACodebook(32, 8)
+    quantizer.embed.normal_()
+    quantizer.embed[1] = quantizer.embed[0] + 0.01
+    model = FrameTransformer(32, 64, 1, 2, 32, 16, 0.0, 0.0).eval()
+    ids_of_codes(model, quantizer)
+    for rows in (model.embedding.weight, model.head.weight):
+        assert cosine_similarity(rows[0], rows[1], dim=0) > 0.99
+        assert cosine_similarity(rows[0], rows[2], dim=0) < 0.9
+    tokens = torch.arange(32).repeat_interleave(2)[None]
+    with torch.no_grad():
+        x = model.head(model.norm(model.embedding(tokens)))
+    assert float((x.argmax(-1) == tokens).float().mean()) > 0.8
+
+
 def test_sounds_are_learnt_over_any_codec_of_one_codebook(runs, tmp_path):
     small = {"model.dim": 32, "model.heads": 2, "model.mlp_hidden": 32, "model.depth": 1, **SHORT}
     small |= {"data.root": runs / "sounds", "data.offsets": 1}
@@ -200,6 +220,10 @@ def test_sounds_are_learnt_over_any_codec_of_one_codebook(runs, tmp_path):
     LogMel(RATE, n_mels=10, n_fft=128, hop=64).save_pretrained(tmp_path / "mel")
     with pytest.raises(InputError, match="a LogMel: a model of sounds needs"):
         train(recipe("sound-generator", tmp_path / "b", codec=tmp_path / "mel", **small))
+    plain = {"codec": runs / "codec" / "model", "training.lr": 0.0, **small}
+    train(recipe("sound-generator", tmp_path / "c", start="random", **plain))
+    with pytest.raises(InputError, match='Unknown start "smooth": choose from codes, random'):
+        train(recipe("sound-generator", tmp_path / "d", start="smooth", **plain))
 
 
 def test_a_codec_is_no_generator(runs, tmp_path):

@@ -21,11 +21,14 @@ from ..tokenizers.audio.spectrum_vq import SpectrumVQ
 from ..tokenizers.audio.wavtokenizer import WavTokenizer
 from ..tokenizers.auto import AutoTokenizer
 from ..tokenizers.base import AudioTokenizer
+from ..tokenizers.quantizers.ema import EMACodebook
 from .audio_losses import AudioAdversarialLoss, AudioDiscriminators, CodecLoss
+from .id_warm_start import ids_of_codes
 from .tasks import Task, build, load_frozen, shuffled_index
 
 # Level at which generators' training sounds are tokenized, in dB of full scale.
 CODEC_PEAK = -3.0
+SOUND_STARTS = ("codes", "random")
 
 
 class SoundCrops(Task):
@@ -272,7 +275,11 @@ def frame_durations(ends: Tensor, frames: int, frame_rate: float) -> Tensor:
 
 
 class SoundTask(Task):
-    """Captions to tokens, over cached tokens of a frozen codec, at several offsets as in SpeechTask."""
+    """Captions to tokens, over cached tokens of a frozen codec, at several offsets as in SpeechTask.
+
+    ``start: codes`` begins with embeddings that know the codebook (see `id_warm_start`), ``random``
+    without.
+    """
 
     def __init__(self, recipe: dict[str, Any], device: torch.device):
         super().__init__(recipe, device)
@@ -289,6 +296,18 @@ class SoundTask(Task):
             **recipe["model"],
         )
         self.model.init_weights()
+        quantizer = getattr(self.codec, "quantizer", None)
+        if recipe["start"] not in SOUND_STARTS:
+            raise InputError(
+                f'Unknown start "{recipe["start"]}": choose from {", ".join(SOUND_STARTS)}.'
+            )
+        if recipe["start"] == "codes":
+            if not isinstance(quantizer, EMACodebook):
+                raise InputError(
+                    f"start=codes needs a codec with a codebook, got {type(self.codec).__name__}: "
+                    "set start=random."
+                )
+            ids_of_codes(self.model.decoder, quantizer)
         self.tokens = [self.readings(sound) for sound in load_sounds(data, self.codec.sample_rate)]
 
     @torch.no_grad()

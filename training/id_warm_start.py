@@ -1,9 +1,10 @@
-"""A start for next-block prediction over FSQ ids: what is alike begins alike.
+"""Starts for generators over ids: what is alike begins alike.
 
 The ids of finite scalar quantization (Mentzer et al., ICLR 2024, arXiv 2309.15505) are cells of a small
 grid of codes, those of a clip stand on a grid in time and space. Embeddings that know nothing of it must
 meet every id, and every place, in the data. Here each is a sum of one smooth random function a dimension
-of its grid, the size of NBP's own random start; training is free to leave it.
+of its grid, the size of NBP's own random start; training is free to leave it. The ids of a codebook have
+no grid, but codes: there embeddings are codes, turned at random.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..generators.autoregressive.frames import FrameTransformer
 from ..generators.next_block.nbp import NBP
+from ..tokenizers.quantizers.ema import EMACodebook
 from ..tokenizers.video.nbp import NBPTokenizer
 
 STD = 0.02
 # Over how many levels, and places, the functions of two neighbours stay alike.
 LEVEL_REACH, PLACE_REACH = 1.5, 0.7
+# Beside conditions of about 1.
+EMBEDDED, HEAD = 0.3, 0.05
 
 
 @torch.no_grad()
@@ -38,6 +43,20 @@ def smooth_ids(model: NBP, tokenizer: NBPTokenizer) -> None:
     model.positions[first : first + len(places)] = smooth(
         places, (steps, height, width), PLACE_REACH, dim
     )
+
+
+@torch.no_grad()
+def ids_of_codes(model: FrameTransformer, quantizer: EMACodebook) -> None:
+    """Write the embeddings of ids, and the head, in place: alike for codes that are alike, and in the
+    head as in the embedding, so that a frame is likely to be like the one before.
+    """
+    codes = quantizer.embed.float().cpu()
+    codes = (codes - codes.mean(0)) / codes.std()
+    turned = codes @ torch.randn(codes.shape[1], model.head.in_features)
+    # Of one length, so that each is nearest to itself.
+    turned = nn.functional.normalize(turned, dim=1) * turned.shape[1] ** 0.5
+    model.embedding.weight[: len(turned)] = EMBEDDED * turned
+    model.head.weight.copy_(HEAD * turned)
 
 
 def smooth(cells: Tensor, sizes: Sequence[int], reach: float, dim: int) -> Tensor:

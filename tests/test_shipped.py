@@ -38,6 +38,7 @@ PROMPTS = [
 ATTRIBUTION = {
     "sticker": "Twemoji",
     "animated-sticker": "Animated Noto Emoji (c) Google",
+    "animated-sticker-lingen": "Animated Noto Emoji (c) Google",
     "interpolation": "Animated Noto Emoji (c) Google",
     "voice": "Carnegie Mellon University Flite",
 }

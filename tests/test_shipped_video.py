@@ -80,6 +80,23 @@ def test_the_first_frame_may_come_from_the_generator(pipe):
     assert index["first_frame"] == "sticker"
 
 
+def test_lingen_goes_on_from_the_frame_that_sticker_draws(clips):
+    """And makes clips longer than those it was trained on."""
+    lingen = TextToVideoPipeline.from_pretrained("animated-sticker-lingen")
+    assert model_info("animated-sticker-lingen").license_weights == "Apache-2.0"
+    made = [lingen("red heart pulsing", 33, seed=0, output_type="pt").frames for _ in range(2)]
+    assert made[0].shape == (1, 3, 33, 64, 64) and torch.equal(*made)
+    assert motion(made[0][0]) > 0.005
+    first = made[0][0, :, 0]
+    assert float((first - clips[0, :, 0]).abs().mean()) < 0.1
+    # The heart stays red and the ground white.
+    middle = made[0][0, :, 16]
+    assert (
+        float(middle[:, 28:36, 28:36].mean((1, 2))[0]) > float(middle[:, 28:36, 28:36].mean()) + 0.3
+    )
+    assert float(middle[:, :6, :6].mean()) > 0.7
+
+
 def test_frames_between_are_better_than_the_mean():
     """A sticker that moves by six pixels over another one, which is neither in training nor drawn so."""
     pipe = FrameInterpolationPipeline.from_pretrained("interpolation")

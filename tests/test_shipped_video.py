@@ -98,7 +98,7 @@ def test_lingen_goes_on_from_the_frame_that_sticker_draws(clips):
 
 
 def test_frames_between_are_better_than_the_mean():
-    """A sticker that moves by six pixels over another one, which is neither in training nor drawn so."""
+    """A disc that moves by six pixels over a still pattern: nothing like it was trained on."""
     pipe = FrameInterpolationPipeline.from_pretrained("interpolation")
     axis = torch.linspace(-1, 1, 96)
     y, x = torch.meshgrid(axis, axis, indexing="ij")

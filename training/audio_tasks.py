@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from ..tokenizers.audio.spectrum_vq import SpectrumVQ
 from ..tokenizers.audio.wavtokenizer import WavTokenizer
 from ..tokenizers.auto import AutoTokenizer
 from ..tokenizers.base import AudioTokenizer
-from ..tokenizers.quantizers.ema import EMACodebook
 from .audio_losses import AudioAdversarialLoss, AudioDiscriminators, CodecLoss
 from .id_warm_start import ids_of_codes
 from .tasks import Task, build, load_frozen, shuffled_index
@@ -36,8 +36,9 @@ class SoundCrops(Task):
 
     codec: WavTokenizer | SpectrumVQ
 
-    def load(self) -> None:
-        self.sounds = load_sounds(self.recipe["data"], self.codec.sample_rate)
+    @cached_property
+    def sounds(self) -> list[Tensor]:
+        return load_sounds(self.recipe["data"], self.codec.sample_rate)
 
     def batch(
         self, index: int, size: int, generator: torch.Generator, rows: slice
@@ -92,7 +93,6 @@ class CodecTask(SoundCrops):
         else:
             self.codec = build(WavTokenizer, **recipe["model"])
             self.codec.init_weights()
-        self.load()
         adversarial = None
         if loss["weights"]["gan"] > 0:
             adversarial = AudioAdversarialLoss(
@@ -121,7 +121,6 @@ class SpectrumCodecTask(SoundCrops):
         super().__init__(recipe, device)
         self.model = self.codec = build(SpectrumVQ, **recipe["model"])
         self.codec.init_weights()
-        self.load()
 
     def batch(
         self, index: int, size: int, generator: torch.Generator, rows: slice
@@ -296,18 +295,16 @@ class SoundTask(Task):
             **recipe["model"],
         )
         self.model.init_weights()
-        quantizer = getattr(self.codec, "quantizer", None)
-        if recipe["start"] not in SOUND_STARTS:
-            raise InputError(
-                f'Unknown start "{recipe["start"]}": choose from {", ".join(SOUND_STARTS)}.'
-            )
-        if recipe["start"] == "codes":
-            if not isinstance(quantizer, EMACodebook):
+        start = recipe["start"]
+        if start not in SOUND_STARTS:
+            raise InputError(f'Unknown start "{start}": choose from {", ".join(SOUND_STARTS)}.')
+        if start == "codes":
+            if not isinstance(self.codec, WavTokenizer | SpectrumVQ):
                 raise InputError(
-                    f"start=codes needs a codec with a codebook, got {type(self.codec).__name__}: "
-                    "set start=random."
+                    f"start=codes needs a WavTokenizer or a SpectrumVQ as its codec, got "
+                    f"{type(self.codec).__name__}: set start=random."
                 )
-            ids_of_codes(self.model.decoder, quantizer)
+            ids_of_codes(self.model.decoder, self.codec.quantizer)
         self.tokens = [self.readings(sound) for sound in load_sounds(data, self.codec.sample_rate)]
 
     @torch.no_grad()

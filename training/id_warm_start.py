@@ -51,8 +51,7 @@ def ids_of_codes(model: FrameTransformer, quantizer: EMACodebook) -> None:
     head as in the embedding, so that a frame is likely to be like the one before.
     """
     codes = quantizer.embed.float().cpu()
-    codes = (codes - codes.mean(0)) / codes.std()
-    turned = codes @ torch.randn(codes.shape[1], model.head.in_features)
+    turned = (codes - codes.mean(0)) @ torch.randn(codes.shape[1], model.head.in_features)
     # Of one length, so that each is nearest to itself.
     turned = nn.functional.normalize(turned, dim=1) * turned.shape[1] ** 0.5
     model.embedding.weight[: len(turned)] = EMBEDDED * turned

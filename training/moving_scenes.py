@@ -36,6 +36,7 @@ class MovingScenes:
         self.data = data
         self.loops = AnimatedPack(data["root"], ("real",), ("train",))
         self.stickers = StickerPack(data["stickers"], **data["options"])
+        # 0.9 MB a loop, 0.6 GB when all have been seen.
         self.decoded: dict[int, Tensor] = {}
 
     def scene(self, seed: int) -> tuple[Tensor, Tensor]:

@@ -7,13 +7,15 @@ here and in `..layers.mate`. Sizes (dim, depth): 256, 8 for a CPU; 512, 12; 1024
 
 A diffusion transformer whose self-attention is replaced by MATE, so that time and memory grow linearly
 with the number of tokens. No table depends on the grid: pictures, short and long clips share all
-weights, and clips longer than those of training can be asked for.
+weights, and clips longer than those of training can be asked for. Beyond the paper a clip can go on from
+given frames (``known``, and ``known_share`` in training).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -276,7 +278,8 @@ class LinGen(ModelMixin, ConfigMixin):
         text_mask: Tensor,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared error of the velocity at logit-normal times (flow matching, arXiv 2403.03206).
+        """Squared error of the velocity at logit-normal times (flow matching, arXiv 2403.03206), over
+        the frames that are not shown.
 
         Args:
             latents: ``[B, C, T, H, W]`` of unit variance; T = 1 trains on pictures. `training_shape`
@@ -291,18 +294,26 @@ class LinGen(ModelMixin, ConfigMixin):
         times = torch.randn(len(latents), **random).sigmoid()
         noise = torch.randn(latents.shape, **random)
         x = torch.lerp(latents, noise, times[:, None, None, None, None])
-        frames = latents.shape[2]
-        known = torch.zeros(len(latents), frames, dtype=torch.bool, device=latents.device)
-        if frames > 1 and self.config.known_share > 0:
-            count = torch.randint(1, frames, (2, len(latents)), **random).amin(0)
-            shown = torch.rand(len(latents), **random) < self.config.known_share
-            known = torch.arange(frames, device=latents.device) < (count * shown)[:, None]
-        known = known[:, None, :, None, None]
-        x = torch.where(known, latents, x)
+        counted = torch.ones_like(latents[:, :1, :, :1, :1])
+        if latents.shape[2] > 1 and self.config.known_share > 0:
+            known = self.draw_known(len(latents), latents.shape[2], random)
+            x = torch.where(known, latents, x)
+            counted = (~known).to(latents.dtype)
         velocity = self.velocity(x, times, self.condition(text_features, text_mask))
-        counted = (~known).expand_as(latents)
-        loss = (velocity - (noise - latents))[counted].square().mean()
+        wrong = (velocity - (noise - latents)).square().mean((1, 3, 4), keepdim=True)
+        loss = (wrong * counted).sum() / counted.sum()
         return loss, {"mse": loss.detach()}
+
+    def draw_known(self, batch: int, frames: int, random: dict[str, Any]) -> Tensor:
+        """Which frames of each clip are shown free of noise, bool ``[B, 1, frames, 1, 1]``; never all.
+
+        Args:
+            random: options of random tensors.
+        """
+        count = torch.randint(1, frames, (2, batch), **random).amin(0)
+        count = count * (torch.rand(batch, **random) < self.config.known_share)
+        known = torch.arange(frames, device=count.device) < count[:, None]
+        return known[:, None, :, None, None]
 
     @torch.no_grad()
     def stream(
@@ -351,7 +362,7 @@ class LinGen(ModelMixin, ConfigMixin):
                 )
             kept = (torch.arange(frames, device=device) < known.shape[2])[:, None, None]
             known = F.pad(known.float(), (0, 0, 0, 0, 0, frames - known.shape[2]))
-        clear = known is not None and config.known_share > 0
+        shown_clear = known is not None and config.known_share > 0
         guided = scale != 1
         if guided:
             if null_features is None:
@@ -366,8 +377,8 @@ class LinGen(ModelMixin, ConfigMixin):
         condition = self.condition(text_features, text_mask)
 
         def velocity(x: Tensor, time: float) -> Tensor:
-            shown = torch.where(kept, known, x) if clear else x
-            rows = shown.repeat(1 + guided, 1, 1, 1, 1)
+            seen = torch.where(kept, known, x) if shown_clear else x
+            rows = seen.repeat(1 + guided, 1, 1, 1, 1)
             v = self.velocity(rows, torch.full((len(rows),), time, device=device), condition)
             v = guide(*v.chunk(2), scale) if guided else v
             return v if known is None else hold(v, x, time, known, kept)

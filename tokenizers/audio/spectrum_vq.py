@@ -27,8 +27,10 @@ from ..quantizers.vq import codebook_use
 from .wavtokenizer import ConvNeXtBlock
 
 FLOOR = 1e-4  # Least amplitude, of full scale.
+UNIT = 4.0  # Natural logarithms of a unit of a spectrum.
 TOP = 3.0  # Most that a spectrum may hold: 24 dB above full scale.
 LOUDNESS = 0.3  # A power of the amplitude, about what is heard.
+LOUD = 8.0  # Weight of loudness in the loss beside that of the logarithm.
 
 
 class SpectrumBackbone(nn.Module):
@@ -114,13 +116,14 @@ class SpectrumVQ(ModelMixin, ConfigMixin, AudioTokenizer):
         window = self.window.float()
         found = torch.stft(audio, n_fft, self.hop, window=window, center=False, return_complex=True)
         amplitudes = 2 * found.abs() / window.sum()
-        return (amplitudes / FLOOR).clamp(min=1).log().mT / 4
+        return (amplitudes / FLOOR).clamp(min=1).log().mT / UNIT
 
     def sound(self, spectrum: Tensor) -> Tensor:
         """`spectrum` -> ``[B, 1, T * hop]``; the phase starts from 0, so it is always the same."""
         n_fft, window = self.config.n_fft, self.window.float()
         # What was raised to the floor was silent.
-        amplitudes = FLOOR * (4 * spectrum.float().clamp(0, TOP)).expm1().mT * window.sum() / 2
+        amplitudes = (UNIT * spectrum.float().clamp(0, TOP)).expm1().mT
+        amplitudes = amplitudes * FLOOR * window.sum() / 2
         # Frames are centred half a hop later here than there, where the first is at the first sample;
         # and no sound may be shorter than a window.
         frames = torch.cat([amplitudes[..., :1], amplitudes, amplitudes[..., -1:]], dim=-1)
@@ -177,6 +180,9 @@ class SpectrumVQ(ModelMixin, ConfigMixin, AudioTokenizer):
             audio: ``[B, 1, L]``.
             quantize: without it the latents go to the decoder as they are.
             commitment: weight.
+
+        Returns:
+            the loss, and values to report: "distance" in natural logarithms of amplitudes.
         """
         wanted, latents = self.spectrum(audio), self.encode_latents(audio)
         parts: dict[str, Tensor] = {}
@@ -187,7 +193,11 @@ class SpectrumVQ(ModelMixin, ConfigMixin, AudioTokenizer):
         made = self.decode_spectrum(latents)
         distance = ((made - wanted).abs() * self.weight).mean()
         # The logarithm counts what is hardly heard as much as the few bins of a tone.
-        loud = [(FLOOR**LOUDNESS) * (4 * LOUDNESS * x.clamp(0, TOP)).exp() for x in (made, wanted)]
-        loudness = ((loud[0] - loud[1]).abs() * self.weight).mean()
-        parts |= {"distance": 4 * distance.detach(), "loudness": loudness.detach()}
-        return distance + 8 * loudness + commitment * loss, parts
+        loudness = ((loudness_of(made) - loudness_of(wanted)).abs() * self.weight).mean()
+        parts |= {"distance": UNIT * distance.detach(), "loudness": loudness.detach()}
+        return distance + LOUD * loudness + commitment * loss, parts
+
+
+def loudness_of(spectrum: Tensor) -> Tensor:
+    """`SpectrumVQ.spectrum` -> a power of the amplitudes, 1 at full scale."""
+    return FLOOR**LOUDNESS * (UNIT * LOUDNESS * spectrum.clamp(0, TOP)).exp()

@@ -512,11 +512,11 @@ class VFIMamba(ModelMixin, ConfigMixin):
             timestep: of the target, 0 to 1, for all or ``[B]``.
             decibels: weight of minus the prediction's PSNR in dB (its mean over the items). A hardly
                 moving pair, where little is left to win by any other measure, then counts as much as
-                others ("NAFNet", Chen et al., arXiv 2204.04676, trains by this alone).
+                others ("Simple Baselines for Image Restoration", arXiv 2204.04676, trains by it alone).
             flow: true motion ``[B, 4, H, W]`` in pixels from the target to frame0 and frame1, where
                 it is known, as in drawn scenes.
-            pull: weight of the distance in pixels of each stage's flow to it. A warp alone teaches
-                only motions of about a pixel; IFRNet (arXiv 2205.14620, section 3.3) pulls likewise.
+            pull: weight of the distance in pixels of each stage's flow to it, as IFRNet (arXiv
+                2205.14620) pulls its flows to those of a teacher.
 
         Raises:
             InputError: sides that are no multiples of 32.
@@ -539,10 +539,9 @@ class VFIMamba(ModelMixin, ConfigMixin):
         loss = final + 0.5 * stages - decibels * psnr
         parts = {"laplacian": final, "stages": stages, "psnr": psnr}
         if flow is not None:
-            wrong = [
-                (motion.flow - flow).unflatten(1, (2, 2)).norm(dim=2).mean() for motion in motions
-            ]
-            loss, parts["pixels"] = loss + pull * sum(wrong), wrong[-1]
+            pixels = [(m.flow - flow).unflatten(1, (2, 2)).norm(dim=2).mean() for m in motions]
+            loss = loss + pull * sum(pixels)
+            parts["pixels"] = pixels[-1]
         return loss, {name: value.detach() for name, value in parts.items()}
 
     @torch.no_grad()

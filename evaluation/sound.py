@@ -24,6 +24,7 @@ from ..modalities.audio import log_mel, resample
 from ..modalities.audio_datasets import SoundPack, open_audio_dataset, read_mono
 from ..modalities.errors import InputError
 from ..modalities.files import atomic_path
+from ..modalities.pitch import NOTES
 from ..pipelines.seeds import seed_generators
 
 if TYPE_CHECKING:
@@ -31,20 +32,21 @@ if TYPE_CHECKING:
 
 RATE, SECONDS, MELS, HOP = 16_000, 3.0, 64, 256
 FRAMES = 1 + round(SECONDS * RATE) // HOP
+# About 75 dB below a tone at full scale: what is quieter tells a file's making, not its sound.
+FLOOR = 0.05
 # Labels of fewer training sounds than this are left out.
 FEWEST = 4
 BATCH = 32
 KINDS = ("recordings", "reconstructions", "generated")
-NOTES = ["C", "C sharp", "D", "E flat", "E", "F", "F sharp", "G", "A flat", "A", "B flat", "B"]
 NOTE = re.compile(r"\bplaying an? (?:long |short )?([A-G](?: sharp| flat)?) note\b")
 
 
 def features(audio: Tensor, sample_rate: int) -> Tensor:
-    """Sound ``[1, T]`` -> log-mel ``[64, 188]`` of its first 3 s, however loud it is."""
+    """Sound ``[1, T]`` -> log-mel ``[64, 188]`` of its first 3 s, however loud it is as a whole."""
     audio = resample(audio.float(), sample_rate, RATE)[0, : round(SECONDS * RATE)]
     audio = audio / audio.abs().max().clamp(min=1e-4)
     padded = nn.functional.pad(audio, (0, round(SECONDS * RATE) - len(audio)))
-    mel = log_mel(padded, RATE, n_fft=1024, hop_length=HOP, n_mels=MELS, floor=1e-4)
+    mel = log_mel(padded, RATE, n_fft=1024, hop_length=HOP, n_mels=MELS, floor=FLOOR)
     return mel / 4 + 1
 
 

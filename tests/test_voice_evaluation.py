@@ -17,7 +17,6 @@ from tessera.evaluation import voice as evaluation
 from tessera.evaluation.sound import (
     FRAMES,
     MELS,
-    NOTES,
     evaluate_sound,
     features,
     named_note,
@@ -26,6 +25,7 @@ from tessera.evaluation.sound import (
 from tessera.evaluation.voice import Spoken, evaluate_voice, long_text, phone_count
 from tessera.modalities.audio import save_audio
 from tessera.modalities.errors import InputError
+from tessera.modalities.pitch import NOTES
 from tessera.tests.tiny import tiny_sound, tiny_voice
 
 SPEECH = Path(__file__).parent / "data" / "kathleen_a0521.opus"

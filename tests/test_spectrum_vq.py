@@ -27,9 +27,9 @@ def tone(hertz: float, samples: int, phase: float = 0.0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("samples", [1, 63, 64, 65, 4000])
-def test_one_token_a_hop(codec, samples):
+def test_one_token_of_each_codebook_a_hop(codec, samples):
     tokens = codec.encode(torch.randn(2, 1, samples))
-    assert tokens.shape == (2, 1, -(-samples // HOP))
+    assert tokens.shape == (2, 2, -(-samples // HOP))
     decoded = codec.decode(tokens)
     assert decoded.shape == (2, 1, tokens.shape[-1] * HOP) and bool(decoded.isfinite().all())
     assert torch.equal(codec.decode(tokens), decoded)
@@ -83,7 +83,8 @@ def test_silence_stays_silent(codec):
 
 def test_tokens_of_tones_that_it_was_trained_on_decode_to_them():
     model = tiny_spectrum_codec(RATE, HOP, 512).train()
-    model.quantizer.cluster_size.zero_()
+    for codebook in model.quantizer.codebooks:
+        codebook.cluster_size.zero_()
     pitches = torch.tensor([300.0, 700.0, 1100.0, 1500.0])
     sounds = torch.cat([tone(float(hertz), 4096) for hertz in pitches])
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)

@@ -6,7 +6,7 @@ GPU-days. Magnitudes tell a sound neither from its mirror image nor from itself 
 of a steady tone stay the same and are easy to predict, and a decoder learns in minutes on a CPU. The
 price is a little reverberation, and no sharp attack.
 
-The quantizer is WavTokenizer's, the layers on both sides are Vocos' (arXiv 2306.00814). Phases: Griffin and
+The quantizer is SoundStream's, the layers on both sides are Vocos' (arXiv 2306.00814). Phases: Griffin and
 Lim, IEEE ASSP 32(2), 1984; with momentum, arXiv 1306.3094.
 """
 
@@ -22,7 +22,7 @@ from torchaudio.functional import griffinlim
 from ...kernels.linear import Linear
 from ...modalities.errors import InputError
 from ..base import AudioTokenizer
-from ..quantizers.ema import EMACodebook
+from ..quantizers.rvq import ResidualVQ
 from ..quantizers.vq import codebook_use
 from .wavtokenizer import ConvNeXtBlock
 
@@ -34,11 +34,11 @@ LOUD = 8.0  # Weight of loudness in the loss beside that of the logarithm.
 
 
 class SpectrumBackbone(nn.Module):
-    """``[B, T, channels]`` -> ``[B, T, dim]``: Vocos' blocks, seven frames at a time."""
+    """``[B, T, channels]`` -> ``[B, T, dim]``: Vocos' blocks, seven frames at a time after three."""
 
     def __init__(self, channels: int, dim: int, intermediate_dim: int, num_layers: int):
         super().__init__()
-        self.embed = nn.Conv1d(channels, dim, 7, padding=3)
+        self.embed = nn.Conv1d(channels, dim, 3, padding=1)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.blocks = nn.Sequential(
             *[ConvNeXtBlock(dim, intermediate_dim, 1 / num_layers) for _ in range(num_layers)]
@@ -51,13 +51,13 @@ class SpectrumBackbone(nn.Module):
 
 
 class SpectrumVQ(ModelMixin, ConfigMixin, AudioTokenizer):
-    """Sound <-> one token every ``hop`` samples.
+    """Sound <-> a token of each codebook every ``hop`` samples.
 
     Args:
         sample_rate: in Hz.
         hop, n_fft: samples between frames and of a window, a multiple of twice the hop. Long windows
             tell pitches apart, short ones times.
-        latent_dim, vocab_size: width and number of codes.
+        latent_dim, vocab_size, num_codebooks: width and number of codes in each of the codebooks.
         dim, intermediate_dim: width and MLP width of both sides.
         encoder_layers, decoder_layers: blocks.
         codebook: further options of `EMACodebook`, for training.
@@ -71,10 +71,11 @@ class SpectrumVQ(ModelMixin, ConfigMixin, AudioTokenizer):
     def __init__(
         self,
         sample_rate: int = 16000,
-        hop: int = 256,
+        hop: int = 512,
         n_fft: int = 2048,
         latent_dim: int = 64,
-        vocab_size: int = 4096,
+        vocab_size: int = 1024,
+        num_codebooks: int = 4,
         dim: int = 192,
         intermediate_dim: int = 576,
         encoder_layers: int = 4,
@@ -85,11 +86,12 @@ class SpectrumVQ(ModelMixin, ConfigMixin, AudioTokenizer):
         super().__init__()
         if n_fft % (2 * hop):
             raise InputError(f"n_fft must be a multiple of 2 * hop = {2 * hop}, got {n_fft}.")
-        self.sample_rate, self.hop, self.vocab_size = sample_rate, hop, vocab_size
+        self.sample_rate, self.hop = sample_rate, hop
+        self.vocab_size, self.num_codebooks = vocab_size, num_codebooks
         bins = n_fft // 2 + 1
         self.encoder = SpectrumBackbone(bins, dim, intermediate_dim, encoder_layers)
         self.to_latents = Linear(dim, latent_dim)
-        self.quantizer = EMACodebook(vocab_size, latent_dim, **(codebook or {}))
+        self.quantizer = ResidualVQ(num_codebooks, vocab_size, latent_dim, **(codebook or {}))
         self.decoder = SpectrumBackbone(latent_dim, dim, intermediate_dim, decoder_layers)
         self.to_spectrum = Linear(dim, bins)
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
@@ -152,23 +154,23 @@ class SpectrumVQ(ModelMixin, ConfigMixin, AudioTokenizer):
 
     @torch.no_grad()
     def encode(self, audio: Tensor) -> Tensor:
-        """Sound ``[B, 1, L]`` in [-1, 1] -> tokens int64 ``[B, 1, ceil(L / hop)]``.
+        """Sound ``[B, 1, L]`` in [-1, 1] -> tokens int64 ``[B, Q, ceil(L / hop)]``.
 
         Raises:
             InputError: another shape, no samples, or values that are not finite.
         """
         self.check_audio(audio)
-        return self.quantizer.nearest(self.encode_latents(audio))[:, None]
+        return self.quantizer.nearest(self.encode_latents(audio))
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens ``[B, 1, T]`` -> sound ``[B, 1, T * hop]``, about [-1, 1], not clamped.
+        """Tokens ``[B, Q, T]`` -> sound ``[B, 1, T * hop]``, about [-1, 1], not clamped.
 
         Raises:
             InputError: another shape, or ids outside the codebook.
         """
         self.check_tokens(tokens)
-        return self.sound(self.decode_spectrum(self.quantizer.ids_to_codes(tokens[:, 0])))
+        return self.sound(self.decode_spectrum(self.quantizer.ids_to_codes(tokens)))
 
     def forward(
         self, audio: Tensor, quantize: bool = True, commitment: float = 1.0
@@ -182,14 +184,15 @@ class SpectrumVQ(ModelMixin, ConfigMixin, AudioTokenizer):
             commitment: weight.
 
         Returns:
-            the loss, and values to report: "distance" in natural logarithms of amplitudes.
+            the loss, and values to report: "distance" in natural logarithms of amplitudes, use of the
+            first codebook.
         """
         wanted, latents = self.spectrum(audio), self.encode_latents(audio)
         parts: dict[str, Tensor] = {}
         loss = wanted.new_zeros(())
         if quantize:
             latents, ids, loss = self.quantizer(latents)
-            parts = {"commitment": loss.detach(), **codebook_use(ids, self.vocab_size)}
+            parts = {"commitment": loss.detach(), **codebook_use(ids[:, 0], self.vocab_size)}
         made = self.decode_spectrum(latents)
         distance = ((made - wanted).abs() * self.weight).mean()
         # The logarithm counts what is hardly heard as much as the few bins of a tone.

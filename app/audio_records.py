@@ -89,7 +89,7 @@ def sound_record(
     Args:
         settings: of the pipeline's ``stream``, each with its value.
         count: sounds in the batch; their number decides how matrix products are rounded.
-        tokens: of this sound, int64 ``[1, T]``.
+        tokens: of this sound, int64 ``[Q, T]``; the record has them frame by frame.
     """
     from ..modalities.metadata import make_record
 
@@ -101,7 +101,7 @@ def sound_record(
         seed,
         index,
         {**settings, "num_sounds_per_prompt": count},
-        tokens[0],
+        tokens.mT.flatten(),
         pipeline.name,
         sha256=sha256,
         device=pipeline.device,

@@ -305,7 +305,7 @@ def _sound_again(file: Path, record: dict[str, Any], model: str) -> tuple[Tensor
     seeds = [(record["seed"] - index + i) % (MAX_SEED + 1) for i in range(batch)]
     pipeline = load_sound(model)
     made = _draw(pipeline, record["prompt"], seeds, options, lambda step, total: None)
-    tokens = encode_tokens(made.tokens[index][0])
+    tokens = encode_tokens(made.tokens[index].mT.flatten())
     return made.sounds[index], made.sample_rate, tokens == record["tokens"]
 
 

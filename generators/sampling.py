@@ -29,20 +29,20 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 def probabilities(
     logits: Tensor, temperature: float, top_k: int | None = None, top_p: float = 1.0
 ) -> Tensor:
-    """``[B, V]`` logits -> ``[B, V]`` probabilities after temperature, then top-k, then top-p.
+    """``[..., V]`` logits -> ``[..., V]`` probabilities after temperature, then top-k, then top-p.
 
     ``top_k`` None and ``top_p`` 1 are off. Top-p drops, in ascending order, what sums to at most
     1 - top_p, and always keeps the likeliest token (Holtzman et al., arXiv 1904.09751).
     """
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
-        threshold = logits.topk(top_k).values[:, -1:]
+        threshold = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < threshold, -torch.inf)
     if top_p < 1:
         ascending, order = logits.sort(dim=-1)
         dropped = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-        dropped[:, -1] = False
-        logits = logits.masked_fill(dropped.scatter(1, order, dropped), -torch.inf)
+        dropped[..., -1] = False
+        logits = logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
     return logits.softmax(-1)
 
 
@@ -144,13 +144,13 @@ def sample(
     generators: Sequence[torch.Generator],
     noise: Tensor | None = None,
 ) -> Tensor:
-    """Draw one id an item: int64 ``[B]``.
+    """Draw one id an item and codebook: logits ``[B, ..., V]`` -> int64 ``[B, ...]``.
 
     ``argmax(p / e)`` with e ~ Exp(1) is a draw from p; each item's e comes from its own generator.
     Temperature 0 is greedy.
 
     Args:
-        noise: e ``[B, V]`` itself, in place of the generators.
+        noise: e ``[B, ..., V]`` itself, in place of the generators.
     """
     if noise is None:
         noise = draw("exponential", logits.shape[1:], generators, logits.device)

@@ -25,7 +25,7 @@ FADE_SECONDS = 0.03
 
 @dataclass
 class SoundOutput(BaseOutput):
-    """Sounds, each float32 ``[1, n]``, their rate in Hz, tokens int64 ``[1, T]`` and seeds."""
+    """Sounds, each float32 ``[1, n]``, their rate in Hz, tokens int64 ``[Q, T]`` and seeds."""
 
     sounds: list[Tensor]
     sample_rate: int
@@ -43,7 +43,7 @@ class SoundProgress:
 
 
 class TextToSoundPipeline(DiffusionPipeline):
-    """Captions to sounds over the tokens of one codec.
+    """Captions to sounds over the tokens of a codec.
 
     Example:
         >>> pipe = TextToSoundPipeline.from_pretrained("runs/sound")
@@ -51,7 +51,7 @@ class TextToSoundPipeline(DiffusionPipeline):
         >>> save_audio(sound.sounds[0], sound.sample_rate, "guitar.wav")
 
     Args:
-        codec, generator: the models; the codec has one codebook.
+        codec, generator: the models.
         guidance_scale, temperature, top_k, top_p: defaults of the token sampler.
     """
 
@@ -67,11 +67,14 @@ class TextToSoundPipeline(DiffusionPipeline):
         top_p: float = 1.0,
     ):
         super().__init__()
-        wanted = generator.config.vocab_size, generator.config.frame_rate
-        if wanted != (codec.vocab_size, codec.frame_rate):
+        wanted = generator.config
+        written = wanted.frame_rate, wanted.num_codebooks, wanted.vocab_size
+        read = codec.frame_rate, codec.num_codebooks, codec.vocab_size
+        if written != read:
+            shape = "{:g} frames a second of {} tokens of {} ids"
             raise InputError(
-                f"The generator writes {wanted[1]:g} tokens a second of {wanted[0]} ids, the codec "
-                f"reads {codec.frame_rate:g} of {codec.vocab_size}: they do not fit."
+                f"The generator writes {shape.format(*written)}, the codec reads "
+                f"{shape.format(*read)}: they do not fit."
             )
         self.register_modules(codec=codec, generator=generator)
         self.register_to_config(
@@ -129,14 +132,13 @@ class TextToSoundPipeline(DiffusionPipeline):
             ids.append(new)
             if len(ids) < total:
                 yield SoundProgress(len(ids), total)
-        drawn = torch.stack(ids, dim=1)
-        rows = zip(drawn, lengths.tolist(), strict=True)
-        tokens = [row[None, :length] for row, length in rows]
+        drawn = zip(torch.stack(ids, dim=2), lengths.tolist(), strict=True)
+        tokens = [rows[:, :length] for rows, length in drawn]
         sounds = [self.decode_tokens(each) for each in tokens]
         yield SoundProgress(total, total, SoundOutput(sounds, self.sample_rate, tokens, seeds))
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
-        """Tokens ``[1, T]`` -> sound float32 ``[1, n]`` in [-1, 1], faded out at its end."""
+        """Tokens ``[Q, T]`` -> sound float32 ``[1, n]`` in [-1, 1], faded out at its end."""
         audio = self.codec.decode(tokens[None])[0].float().cpu()
         fade = torch.linspace(1, 0, round(FADE_SECONDS * self.sample_rate))[-audio.shape[-1] :]
         audio[:, -len(fade) :] *= fade

@@ -60,11 +60,12 @@ def test_lengths_beyond_the_model_are_refused(seconds):
         tiny().lengths(["a bell"], seconds)
 
 
-def test_training_learns_captions_and_lengths():
-    model = tiny(dropout=0.0, token_dropout=0.0).train()
+@pytest.mark.parametrize("codebooks", [1, 2])
+def test_training_learns_captions_and_lengths(codebooks):
+    model = tiny(dropout=0.0, token_dropout=0.0, num_codebooks=codebooks).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     captions, lengths = ["a bell", "a drum", ""], torch.tensor([10, 30, 20])
-    tokens = torch.tensor([3, 9, 5])[:, None].expand(-1, 30)
+    tokens = torch.tensor([3, 9, 5])[:, None, None].expand(-1, codebooks, 30)
     for _ in range(80):
         loss, parts = model(tokens, lengths, captions)
         optimizer.zero_grad()
@@ -74,7 +75,8 @@ def test_training_learns_captions_and_lengths():
     model.eval()
     made = model.generate(["a bell", "a drum"], streams(0, 1), temperature=0)
     assert [len(ids[0]) for ids in made] == pytest.approx([10, 30], abs=4)
-    assert set(made[0][0].tolist()) == {3} and set(made[1][0].tolist()) == {9}
+    assert all(len(ids) == codebooks for ids in made)
+    assert set(made[0].flatten().tolist()) == {3} and set(made[1].flatten().tolist()) == {9}
 
 
 @pytest.fixture(scope="module")

@@ -37,22 +37,52 @@ def pipeline() -> TextToSpeechPipeline:
     return TextToSpeechPipeline(tiny_codec(4000, (2, 4, 8)), tiny_generator(), default_voice="ann")
 
 
-def test_rolling_cache_equals_the_masked_pass():
+def frame_model(**options) -> FrameTransformer:
     torch.manual_seed(0)
-    model = FrameTransformer(16, 32, 2, 2, 48, window=5, dropout=0.0, token_dropout=0.0).eval()
-    condition = torch.randn(2, 13, 32)
-    ids = torch.stack(list(model.stream(condition, streams(0, 1), temperature=0)), dim=1)
-    assert torch.equal(model.logits(ids, condition).argmax(-1), ids)
+    settings = {"depth": 2, "window": 5, "dropout": 0.0, "token_dropout": 0.0}
+    return FrameTransformer(16, 32, heads=2, mlp_hidden=48, **settings | options)
+
+
+@pytest.mark.parametrize("codebooks", [1, 3])
+def test_rolling_cache_equals_the_masked_pass(codebooks):
+    model = frame_model(num_codebooks=codebooks).eval()
+    condition, lengths = torch.randn(2, 13 + codebooks - 1, 32), torch.tensor([13, 8])
+    steps = list(model.stream(condition, lengths, streams(0, 1), temperature=0))
+    ids = torch.stack(steps, dim=2)
+    assert ids.shape == (2, codebooks, 13) and bool((ids[1, :, 8:] == 16).all())
+    best = model.logits(ids, lengths, condition).argmax(-1)
+    assert torch.equal(best[0], ids[0]) and torch.equal(best[1, :, :8], ids[1, :, :8])
 
 
 def test_frames_beyond_the_window_are_not_seen():
-    torch.manual_seed(0)
-    model = FrameTransformer(16, 32, 1, 2, 48, window=4, dropout=0.0, token_dropout=0.0).eval()
-    condition, ids = torch.randn(1, 10, 32), torch.randint(16, (1, 10))
-    changed = ids.clone()
-    changed[0, 2] = (ids[0, 2] + 1) % 16  # Read by frame 3, hence seen by frames 3 to 6.
-    moved = (model.logits(ids, condition) - model.logits(changed, condition)).abs().amax(-1)[0]
+    model = frame_model(depth=1, window=4).eval()
+    condition, ids = torch.randn(1, 10, 32), torch.randint(16, (1, 1, 10))
+    changed, lengths = ids.clone(), torch.tensor([10])
+    changed[..., 2] = (ids[..., 2] + 1) % 16  # Read by frame 3, hence seen by frames 3 to 6.
+    logits = [model.logits(each, lengths, condition)[0, 0] for each in (ids, changed)]
+    moved = (logits[0] - logits[1]).abs().amax(-1)
     assert (moved > 1e-6).nonzero().flatten().tolist() == [3, 4, 5, 6]
+
+
+def test_codebook_q_sees_the_frames_up_to_q_steps_before():
+    """What the delay is for: row 1 of a frame sees row 0 of it and of the next; row 0 not row 1's."""
+    model = frame_model(depth=1, window=20, num_codebooks=2).eval()
+    condition, ids = torch.randn(1, 11, 32), torch.randint(16, (1, 2, 10))
+    lengths = torch.tensor([10])
+    plain = model.logits(ids, lengths, condition)[0]
+    for row, seen in ((0, (5, 4)), (1, (6, 5))):
+        changed = ids.clone()
+        changed[0, row, 4] = (ids[0, row, 4] + 1) % 16
+        moved = (model.logits(changed, lengths, condition)[0] - plain).abs().amax(-1) > 1e-6
+        assert [int(each.nonzero()[0]) for each in moved] == list(seen)
+
+
+def test_a_hidden_history_leaves_the_condition():
+    model = frame_model(history_dropout=1.0, num_codebooks=2).train()
+    condition, lengths = torch.randn(1, 11, 32), torch.tensor([10])
+    a, b = (model.logits(torch.randint(16, (1, 2, 10)), lengths, condition) for _ in range(2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, model.logits(a.argmax(-1), lengths, condition + 1))
 
 
 def test_an_item_does_not_depend_on_its_batch():

@@ -306,7 +306,9 @@ def tiny_codec(
     return codec.eval()
 
 
-def tiny_spectrum_codec(sample_rate: int = 1000, hop: int = 10, n_fft: int = 80) -> SpectrumVQ:
+def tiny_spectrum_codec(
+    sample_rate: int = 1000, hop: int = 10, n_fft: int = 80, num_codebooks: int = 2
+) -> SpectrumVQ:
     """SpectrumVQ, by default of 1 kHz and 100 frames a second; what it decodes is noise."""
     torch.manual_seed(4)
     codec = SpectrumVQ(
@@ -315,6 +317,7 @@ def tiny_spectrum_codec(sample_rate: int = 1000, hop: int = 10, n_fft: int = 80)
         n_fft,
         latent_dim=8,
         vocab_size=32,
+        num_codebooks=num_codebooks,
         dim=32,
         intermediate_dim=32,
         encoder_layers=1,
@@ -323,7 +326,8 @@ def tiny_spectrum_codec(sample_rate: int = 1000, hop: int = 10, n_fft: int = 80)
     )
     codec.init_weights()
     with torch.no_grad():
-        codec.quantizer.embed.normal_(std=0.02)
+        for codebook in codec.quantizer.codebooks:
+            codebook.embed.normal_(std=0.02)
     return codec.eval()
 
 
@@ -354,10 +358,16 @@ def tiny_sound() -> TextToSoundPipeline:
 
     torch.manual_seed(2)
     small = {"dim": 32, "heads": 2, "mlp_hidden": 32, "text_depth": 1, "depth": 2, "window": 8}
+    codec = tiny_spectrum_codec(8000, 80, 640)
     model = SoundTransformer(
-        ["a", "bell", "drum"], vocab_size=32, frame_rate=100.0, max_seconds=2.0, **small
+        ["a", "bell", "drum"],
+        vocab_size=codec.vocab_size,
+        num_codebooks=codec.num_codebooks,
+        frame_rate=codec.frame_rate,
+        max_seconds=2.0,
+        **small,
     )
     model.init_weights()
     torch.nn.init.constant_(model.length_head.bias, 4.0)
     torch.nn.init.normal_(model.decoder.head.weight, std=0.5)
-    return TextToSoundPipeline(tiny_codec(8000, (4, 4, 5)), model.eval())
+    return TextToSoundPipeline(codec, model.eval())

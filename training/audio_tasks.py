@@ -18,16 +18,20 @@ from ..modalities.audio_datasets import Utterance, load_sounds, load_utterances,
 from ..modalities.errors import InputError
 from ..modalities.image import save_image
 from ..modalities.phonemes import PHONES
+from ..modalities.pitch import transposed, transposed_caption
 from ..tokenizers.audio.spectrum_vq import SpectrumVQ
 from ..tokenizers.audio.wavtokenizer import WavTokenizer
 from ..tokenizers.auto import AutoTokenizer
 from ..tokenizers.base import AudioTokenizer
+from ..tokenizers.quantizers.rvq import ResidualVQ
 from .audio_losses import AudioAdversarialLoss, AudioDiscriminators, CodecLoss
 from .id_warm_start import ids_of_codes
 from .tasks import Task, build, load_frozen, shuffled_index
 
 # Level at which generators' training sounds are tokenized, in dB of full scale.
 CODEC_PEAK = -3.0
+# Batches of sounds are drawn so many at once, and cut by length.
+BATCHES = 8
 SOUND_STARTS = ("codes", "random")
 
 
@@ -167,16 +171,16 @@ def random_crops(sounds: list[Tensor], samples: int, generator: torch.Generator)
 
 
 def load_codec(recipe: dict[str, Any], dtype: torch.dtype = torch.float32) -> AudioTokenizer:
-    """The recipe's ``codec``, a name or folder: any of one codebook.
+    """The recipe's ``codec``, a name or folder: any whose tokens are ids.
 
     Raises:
         InputError: no such tokenizer, or one of another kind.
     """
     codec = AutoTokenizer.from_pretrained(recipe["codec"], dtype=dtype)
-    if not isinstance(codec, AudioTokenizer) or codec.num_codebooks != 1 or not codec.vocab_size:
+    if not isinstance(codec, AudioTokenizer) or codec.vocab_size is None:
         raise InputError(
             f'codec is "{recipe["codec"]}", a {type(codec).__name__}: a model of sounds needs a '
-            "tokenizer of sound with ids of one codebook."
+            "tokenizer of sound into ids."
         )
     return codec
 
@@ -274,7 +278,8 @@ def frame_durations(ends: Tensor, frames: int, frame_rate: float) -> Tensor:
 
 
 class SoundTask(Task):
-    """Captions to tokens, over cached tokens of a frozen codec, at several offsets as in SpeechTask.
+    """Captions to tokens, over cached tokens of a frozen codec, at several offsets as in SpeechTask and
+    in several keys. Items of a batch are of about one length; an epoch has all of them.
 
     ``start: codes`` begins with embeddings that know the codebook (see `id_warm_start`), ``random``
     without.
@@ -290,6 +295,7 @@ class SoundTask(Task):
             SoundTransformer,
             words=sorted({word for caption in self.captions for word in split_words(caption)}),
             vocab_size=self.codec.vocab_size,
+            num_codebooks=self.codec.num_codebooks,
             frame_rate=self.codec.frame_rate,
             max_seconds=data["max_seconds"],
             **recipe["model"],
@@ -304,35 +310,49 @@ class SoundTask(Task):
                     f"start=codes needs a WavTokenizer or a SpectrumVQ as its codec, got "
                     f"{type(self.codec).__name__}: set start=random."
                 )
-            ids_of_codes(self.model.decoder, self.codec.quantizer)
-        self.tokens = [self.readings(sound) for sound in load_sounds(data, self.codec.sample_rate)]
+            vq = self.codec.quantizer
+            ids_of_codes(self.model.decoder, vq.codebooks if isinstance(vq, ResidualVQ) else [vq])
+        sounds = load_sounds(data, self.codec.sample_rate)
+        self.readings: list[list[tuple[str, Tensor]]] = [[] for _ in sounds]
+        # All sounds of a transposition in turn: each has its own filter.
+        for semitones in range(-data["semitones"], data["semitones"] + 1):
+            for sound, caption, readings in zip(sounds, self.captions, self.readings, strict=True):
+                caption = transposed_caption(caption, semitones)
+                moved = transposed(sound.float(), semitones)
+                readings.extend((caption, tokens) for tokens in self.tokenize(moved))
 
     @torch.no_grad()
-    def readings(self, sound: Tensor) -> list[Tensor]:
-        """Tokens ``[T]`` of a sound ``[L]``, cut to the longest that is made, at each offset."""
+    def tokenize(self, sound: Tensor) -> list[Tensor]:
+        """Tokens ``[Q, T]`` of a sound ``[L]``, cut to the longest that is made, at each offset."""
         data, hop = self.recipe["data"], self.codec.hop
         longest = int(data["max_seconds"] * self.codec.sample_rate)
-        audio = peak_normalized(sound.float()[:longest], CODEC_PEAK)
+        audio = peak_normalized(sound[:longest], CODEC_PEAK)
         offsets = range(0, min(hop, len(audio)), hop // data["offsets"])
         return [
-            self.codec.encode(audio[None, None, offset:].to(self.device))[0, 0].cpu()
+            self.codec.encode(audio[None, None, offset:].to(self.device))[0].cpu()
             for offset in offsets
         ]
 
     def batch(
         self, index: int, size: int, generator: torch.Generator, rows: slice
     ) -> dict[str, Any]:
-        picked = shuffled_index(index, size, len(self.tokens), self.recipe["seed"])[rows]
+        drawn = shuffled_index(
+            index // BATCHES, BATCHES * size, len(self.readings), self.recipe["seed"]
+        )
+        lengths = torch.tensor([self.readings[int(item)][0][1].shape[1] for item in drawn])
+        first = index % BATCHES * size
+        picked = drawn[lengths.argsort(stable=True)[first : first + size]][rows]
         draws = torch.rand(size, 2, generator=generator)[rows].tolist()
         tokens, captions = [], []
         for item, (which, drop) in zip(picked.tolist(), draws, strict=True):
-            readings = self.tokens[item]
-            tokens.append(readings[int(which * len(readings))])
-            hidden = drop < self.recipe["data"]["caption_dropout"]
-            captions.append("" if hidden else self.captions[item])
+            readings = self.readings[item]
+            caption, ids = readings[int(which * len(readings))]
+            tokens.append(ids)
+            captions.append("" if drop < self.recipe["data"]["caption_dropout"] else caption)
+        padded = nn.utils.rnn.pad_sequence([each.T for each in tokens], batch_first=True)
         return {
-            "tokens": nn.utils.rnn.pad_sequence(tokens, batch_first=True),
-            "lengths": torch.tensor([len(each) for each in tokens]),
+            "tokens": padded.mT,
+            "lengths": torch.tensor([each.shape[1] for each in tokens]),
             "captions": captions,
         }
 

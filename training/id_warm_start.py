@@ -46,16 +46,19 @@ def smooth_ids(model: NBP, tokenizer: NBPTokenizer) -> None:
 
 
 @torch.no_grad()
-def ids_of_codes(model: FrameTransformer, quantizer: EMACodebook) -> None:
+def ids_of_codes(model: FrameTransformer, codebooks: Sequence[EMACodebook]) -> None:
     """Write the embeddings of ids, and the head, in place: alike for codes that are alike, and in the
     head as in the embedding, so that a frame is likely to be like the one before.
     """
-    codes = quantizer.embed.float().cpu()
-    turned = (codes - codes.mean(0)) @ torch.randn(codes.shape[1], model.head.in_features)
-    # Of one length, so that each is nearest to itself.
-    turned = nn.functional.normalize(turned, dim=1) * turned.shape[1] ** 0.5
-    model.embedding.weight[: len(turned)] = EMBEDDED * turned
-    model.head.weight.copy_(HEAD * turned)
+    dim, size = model.head.in_features, model.vocab_size
+    for q, codebook in enumerate(codebooks):
+        codes = codebook.embed.float().cpu()
+        turn = torch.randn(codes.shape[1], dim)
+        # Of one length, so that each is nearest to itself.
+        turned = nn.functional.normalize((codes - codes.mean(0)) @ turn, dim=1) * dim**0.5
+        first = q * (size + 2)
+        model.embedding.weight[first : first + size] = EMBEDDED * turned
+        model.head.weight[q * size : (q + 1) * size] = HEAD * turned
 
 
 def smooth(cells: Tensor, sizes: Sequence[int], reach: float, dim: int) -> Tensor:

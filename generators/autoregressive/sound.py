@@ -1,8 +1,8 @@
 """SoundTransformer: a caption to codec tokens.
 
-This project's own model, for one codebook: the caption's encoding, with the time since the start and
-the time to the end, stands beside every token of a `frames.FrameTransformer`. The length is known
-before the first token: predicted from the caption, or given.
+This project's own model: the caption's encoding, with the time since the start and the time to the end,
+stands beside every step of a `frames.FrameTransformer`. The length is known before the first token:
+predicted from the caption, or given.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class SoundTransformer(ModelMixin, ConfigMixin):
 
     Args:
         words: of the captions that it was trained on.
-        vocab_size, frame_rate: of the codec.
+        vocab_size, num_codebooks, frame_rate: of the codec.
         max_seconds: longest sound.
         dim, heads, mlp_hidden: of both transformers.
         text_depth, depth: blocks over words and over frames.
         window: frames that the decoder looks back on.
-        dropout, token_dropout: in training.
+        dropout, token_dropout, history_dropout: in training.
     """
 
     @register_to_config
@@ -52,6 +52,8 @@ class SoundTransformer(ModelMixin, ConfigMixin):
         window: int = 192,
         dropout: float = 0.1,
         token_dropout: float = 0.1,
+        history_dropout: float = 0.0,
+        num_codebooks: int = 1,
     ):
         super().__init__()
         self.word_encoder = WordEncoder(words, dim)
@@ -62,7 +64,16 @@ class SoundTransformer(ModelMixin, ConfigMixin):
         self.length_head = nn.Linear(dim, 1)
         self.time = nn.Linear(2 * TIME_FEATURES, dim)
         self.decoder = FrameTransformer(
-            vocab_size, dim, depth, heads, mlp_hidden, window, dropout, token_dropout
+            vocab_size,
+            dim,
+            depth,
+            heads,
+            mlp_hidden,
+            window,
+            dropout,
+            token_dropout,
+            history_dropout,
+            num_codebooks,
         )
 
     def init_weights(self) -> None:
@@ -90,8 +101,9 @@ class SoundTransformer(ModelMixin, ConfigMixin):
         return self.length_head(text)[:, 0].float()
 
     def condition(self, text: Tensor, lengths: Tensor, frames: int) -> Tensor:
-        """Text ``[B, dim]`` and frames of each item ``[B]`` -> ``[B, frames, dim]``."""
-        now = torch.arange(frames, device=text.device).expand(len(text), -1)
+        """Text ``[B, dim]`` and frames of each item ``[B]`` -> ``[B, frames + Q - 1, dim]``."""
+        steps = frames + self.config.num_codebooks - 1
+        now = torch.arange(steps, device=text.device).expand(len(text), -1)
         left = (lengths[:, None] - now).clamp(min=0)
         times = torch.stack([now, left], dim=-1) / self.config.frame_rate
         periods = torch.logspace(
@@ -107,19 +119,26 @@ class SoundTransformer(ModelMixin, ConfigMixin):
         """Cross-entropy of the tokens plus the L1 distance of the logarithm of the length.
 
         Args:
-            tokens: ids ``[B, T]``.
+            tokens: ids ``[B, Q, T]``.
             lengths: frames of each item ``[B]``; what is behind them does not count.
             captions: of each item; empty ones train guidance and no length.
+
+        Returns:
+            the loss, and values to report: "nll" and "coarse", in nats a token of all codebooks and
+            of the first.
         """
         text = self.encode(captions)
         named = torch.tensor([bool(caption) for caption in captions], device=text.device)
         wrong = (self.log_frames(text) - lengths.float().log()).abs()
         length = (wrong * named).sum() / named.sum().clamp(min=1)
-        condition = self.condition(text, lengths, tokens.shape[1])
-        logits = self.decoder.logits(tokens, condition).float()
-        inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-        nll = nn.functional.cross_entropy(logits[inside], tokens[inside])
-        return nll + length, {"nll": nll.detach(), "length": length.detach()}
+        condition = self.condition(text, lengths, tokens.shape[-1])
+        logits = self.decoder.logits(tokens, lengths, condition).float()
+        inside = torch.arange(tokens.shape[-1], device=tokens.device) < lengths[:, None]
+        nll = nn.functional.cross_entropy(logits.movedim(-1, 1), tokens, reduction="none")
+        nll = nll.transpose(0, 1)[:, inside].mean(1)
+        loss = nll.mean()
+        parts = {"nll": loss.detach(), "coarse": nll[0].detach(), "length": length.detach()}
+        return loss + length, parts
 
     @torch.no_grad()
     def lengths(self, captions: Sequence[str], seconds: float | None = None) -> Tensor:
@@ -150,7 +169,7 @@ class SoundTransformer(ModelMixin, ConfigMixin):
         top_k: int | None = None,
         top_p: float = 1.0,
     ) -> Iterator[Tensor]:
-        """Yield the ids ``[B]`` of frame after frame; what is behind an item's length is padding.
+        """Yield the ids ``[B, Q]`` of frame after frame, ``vocab_size`` behind an item's length.
 
         Args:
             lengths: frames of each item ``[B]``.
@@ -164,7 +183,7 @@ class SoundTransformer(ModelMixin, ConfigMixin):
         condition = self.condition(self.encode(captions), lengths, frames)
         null = self.condition(self.encode([""] * len(captions)), lengths, frames)
         yield from self.decoder.stream(
-            condition, generators, guidance_scale, null, temperature, top_k, top_p
+            condition, lengths, generators, guidance_scale, null, temperature, top_k, top_p
         )
 
     @torch.no_grad()
@@ -175,7 +194,7 @@ class SoundTransformer(ModelMixin, ConfigMixin):
         seconds: float | None = None,
         **sampling,
     ) -> list[Tensor]:
-        """All of `stream`: the ids int64 ``[1, T]`` of each item."""
+        """All of `stream`: the ids int64 ``[Q, T]`` of each item."""
         lengths = self.lengths(captions, seconds)
-        ids = torch.stack(list(self.stream(captions, lengths, generators, **sampling)), dim=1)
-        return [row[None, :length] for row, length in zip(ids, lengths.tolist(), strict=True)]
+        ids = torch.stack(list(self.stream(captions, lengths, generators, **sampling)), dim=2)
+        return [rows[:, :length] for rows, length in zip(ids, lengths.tolist(), strict=True)]

@@ -172,9 +172,9 @@ class SpeechTransformer(ModelMixin, ConfigMixin):
             shape = (len(tokens), 1, 1)
             drop = torch.rand(shape, device=tokens.device) < self.config.condition_dropout
             condition = torch.where(drop, self.null_condition(condition, speakers), condition)
-        logits = self.decoder.logits(tokens, condition).float()
-        lengths = durations.sum(1, keepdim=True)
-        inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths
+        lengths = durations.sum(1)
+        logits = self.decoder.logits(tokens[:, None], lengths, condition)[:, 0].float()
+        inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         nll = F.cross_entropy(logits[inside], tokens[inside])
         parts = {"nll": nll.detach(), "duration": duration.detach()}
         return nll + duration, parts
@@ -238,15 +238,17 @@ class SpeechTransformer(ModelMixin, ConfigMixin):
         Raises:
             InputError: a setting that means nothing.
         """
-        yield from self.decoder.stream(
+        for ids in self.decoder.stream(
             plan.condition,
+            plan.lengths,
             generators,
             guidance_scale,
             self.null_condition(plan.condition, speakers),
             temperature,
             top_k,
             top_p,
-        )
+        ):
+            yield ids[:, 0]
 
     @torch.no_grad()
     def generate(

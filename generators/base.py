@@ -110,3 +110,11 @@ class ImageGenerator:
                 f"{type(self).__name__} writes {ours}; {type(tokenizer).__name__} decodes {theirs}: "
                 "they do not fit, choose the tokenizer that the generator was trained on."
             )
+
+    def check_text_width(self, width: int) -> None:
+        """Raise InputError unless this generator of texts reads features of this width."""
+        if width != self.config.text_dim:
+            raise InputError(
+                f"{type(self).__name__} reads text features of width {self.config.text_dim}, the text "
+                f"tower makes {width}: they do not fit."
+            )

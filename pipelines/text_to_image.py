@@ -78,12 +78,7 @@ class TextToImagePipeline(ImageGenerationPipeline):
     ):
         super().__init__()
         self.set_up(tokenizer, generator)
-        width = generator.config.text_dim
-        if clip.text_dim != width:
-            raise InputError(
-                f"{type(generator).__name__} reads text features of width {width}, the text tower "
-                f"makes {clip.text_dim}: they do not fit."
-            )
+        generator.check_text_width(clip.text_dim)
         self.register_modules(tokenizer=tokenizer, generator=generator, clip=clip)
         self.register_to_config(
             styles=styles,

@@ -550,6 +550,15 @@ def test_own_pictures_train_all_three_models(recipe_of, tmp_path):
     models = {"tokenizer": tokenizer, "clip": clip}
     generator = train(recipe_of("flexar", "generator", **own, **models))
     assert "plain" in TextImageCLIP.from_pretrained(clip).bpe.encode("red plain").tokens[-1]
-    assert FlexAR.from_pretrained(generator).config.num_tokens == 16
+    model = FlexAR.from_pretrained(generator)
+    assert model.config.num_tokens == 16
+    # Go on with it: nothing moves where nothing is learnt.
+    still = {"start": generator, "training.lr": 0, "training.min_lr": 0}
+    again = FlexAR.from_pretrained(train(recipe_of("flexar", "again", **own, **models, **still)))
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    narrow = train(recipe_of("clip", "narrow", **own, **{"model.text_cfg.width": 48}))
+    with pytest.raises(InputError, match="text features of width"):
+        train(recipe_of("flexar", "no", **own, **models | still | {"clip": narrow}))
     for run in ("tokenizer", "clip", "generator"):
         assert (tmp_path / run / "samples" / "000002.png").is_file()

@@ -440,7 +440,10 @@ class CLIPTask(Task):
 
 
 class FlexARTask(Task):
-    """Text to tokens, over cached tokens of a frozen tokenizer and a frozen text tower."""
+    """Text to tokens, over cached tokens of a frozen tokenizer and a frozen text tower.
+
+    ``start: FOLDER`` goes on with a trained generator over the same tokenizer in place of a new one.
+    """
 
     def __init__(self, recipe: dict[str, Any], device: torch.device):
         super().__init__(recipe, device)
@@ -451,6 +454,11 @@ class FlexARTask(Task):
         self.dataset, self.tokens = load_tokens(recipe["data"], self.tokenizer, device)
         self.weights = item_weights(self.dataset, recipe["data"]["weights"])
         self.captions = open_captions(self.dataset, **recipe["captions"])
+        if recipe["start"] is not None:
+            self.model = load_frozen(FlexAR, recipe, "start")
+            self.model.check_tokenizer(self.tokenizer)
+            self.model.check_text_width(self.clip.text_dim)
+            return
         self.model = build(
             FlexAR,
             vocab_size=self.tokenizer.vocab_size,

@@ -21,7 +21,7 @@ from tessera.generators.autoregressive.flexar import FlexAR
 from tessera.generators.conditioning.clip import TextImageCLIP
 from tessera.modalities.datasets import ImageTextFolder, StickerPack
 from tessera.modalities.errors import InputError
-from tessera.tests.tiny import COLOURS, tiny_clip, tiny_pack, tiny_pipeline, tiny_tokenizer
+from tessera.tests.tiny import COLOURS, streams, tiny_clip, tiny_pack, tiny_pipeline, tiny_tokenizer
 from tessera.tokenizers.image.flextok import FlexTok
 from tessera.training import checkpoints
 from tessera.training.captions import open_captions
@@ -51,6 +51,7 @@ FLEXTOK = {
     "loss.lengths": "[1, 4, 16]",
     "loss.weights": "[1, 1, 1]",
 }
+DECODER = {"image_size": 32, "loss.lengths": "[4, 16]", "loss.weights": "[1, 1]"}
 FLEXAR = {"model.dim": 32, "model.depth": 2, "model.heads": 2, "model.mlp_hidden": 64}
 FLEXAR |= {"loss.lengths": "[8, 16]", "loss.weights": "[1, 1]", "model.embedding_dropout": 0.2}
 CLIP = {
@@ -95,6 +96,7 @@ def recipe_of(parts, tmp_path):
                 FLEXAR | {"tokenizer": parts / "tokenizer", "clip": parts / "clip"},
             ),
             "clip": ("sticker-clip", CLIP),
+            "decoder": ("sticker-decoder", DECODER | {"tokenizer": parts / "tokenizer"}),
         }[kind]
         settings = {"data.root": parts / "pack", **COMMON, **settings, **overrides}
         settings["output"] = tmp_path / output
@@ -540,6 +542,20 @@ def test_bad_parts_are_refused(parts, tmp_path, monkeypatch, override, message):
     with pytest.raises(InputError, match=message):
         train(load_recipe("sticker", [*overrides, override]))
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_decoder_goes_on_under_the_same_ids(recipe_of, parts):
+    recipe = recipe_of("decoder")
+    task = TASKS["flextok_decoder"](recipe, torch.device("cpu"))
+    assert bool((task.batch(0, 4, torch.Generator(), slice(0, 4))["t"] == 1).all())
+    before = FlexTok.from_pretrained(parts / "tokenizer").eval()
+    after = FlexTok.from_pretrained(train(recipe)).eval()
+    pictures = torch.rand(2, 3, 32, 32) * 2 - 1
+    tokens = before.encode(pictures)
+    assert torch.equal(after.encode(pictures), tokens)
+    assert after.config.num_inference_steps == 1
+    one, other = (each.decode(tokens, 1, generator=streams(0, 1)) for each in (before, after))
+    assert not torch.allclose(one, other)
 
 
 def test_own_pictures_train_all_three_models(recipe_of, tmp_path):

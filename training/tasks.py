@@ -326,6 +326,7 @@ class FlexTokDecoderTask(FlexTokTask):
 
     def build(self) -> FlexTok:
         tokenizer = load_frozen(FlexTok, self.recipe, "tokenizer")
+        tokenizer.register_to_config(num_inference_steps=self.recipe["num_inference_steps"])
         tokenizer.encoder.requires_grad_(False)
         if tokenizer.vae is not None:
             tokenizer.vae.requires_grad_(False)

@@ -71,7 +71,7 @@ class TextToSoundPipeline(DiffusionPipeline):
         written = wanted.frame_rate, wanted.num_codebooks, wanted.vocab_size
         read = codec.frame_rate, codec.num_codebooks, codec.vocab_size
         if written != read:
-            shape = "{:g} frames a second of {} tokens of {} ids"
+            shape = "{:g} frames a second of {} x {} ids"
             raise InputError(
                 f"The generator writes {shape.format(*written)}, the codec reads "
                 f"{shape.format(*read)}: they do not fit."

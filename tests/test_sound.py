@@ -9,7 +9,7 @@ from tessera.generators.autoregressive.sound import SoundTransformer
 from tessera.generators.conditioning.words import WordEncoder, pooled, split_words
 from tessera.modalities.errors import InputError
 from tessera.pipelines.text_to_sound import TextToSoundPipeline
-from tessera.tests.tiny import streams, tiny_codec
+from tessera.tests.tiny import streams, tiny_codec, tiny_spectrum_codec
 
 
 def tiny(**options) -> SoundTransformer:
@@ -17,10 +17,9 @@ def tiny(**options) -> SoundTransformer:
     settings = {"dim": 32, "heads": 2, "mlp_hidden": 32, "text_depth": 1, "depth": 2, "window": 8}
     model = SoundTransformer(
         words=["a", "bell", "drum"],
-        vocab_size=16,
         frame_rate=50.0,
         max_seconds=2.0,
-        **settings | options,
+        **{"vocab_size": 16, **settings, **options},
     )
     model.init_weights()
     torch.nn.init.normal_(model.decoder.head.weight, std=0.5)
@@ -107,6 +106,24 @@ def test_progress_counts_frames_and_a_callback_cancels(pipeline):
     with pytest.raises(KeyboardInterrupt):
         pipeline("a bell", callback=stop)
     assert pipeline("a bell", seconds=0.1).sounds
+
+
+def test_the_generator_must_write_what_the_codec_reads():
+    words = "writes 50 frames a second of 1 x 16 ids, the codec reads 50 frames a second of 2 x 32"
+    with pytest.raises(InputError, match=words):
+        TextToSoundPipeline(tiny_spectrum_codec(4000, 80, 320), tiny())
+
+
+def test_all_codebooks_of_a_frame_are_there():
+    codec = tiny_spectrum_codec(4000, 80, 320)
+    model = tiny(vocab_size=codec.vocab_size, num_codebooks=2)
+    pipeline = TextToSoundPipeline(codec, model)
+    made = pipeline(["a bell", "drum"], generator=streams(1, 2), temperature=2.0, seconds=0.3)
+    assert [tokens.shape for tokens in made.tokens] == [(2, 15), (2, 15)]
+    assert all(0 <= int(tokens.min()) <= int(tokens.max()) < 32 for tokens in made.tokens)
+    assert made.sounds[0].shape == (1, 15 * 80)
+    again = pipeline.decode_tokens(made.tokens[1])
+    assert torch.equal(again, made.sounds[1])
 
 
 def test_a_pipeline_is_saved_and_loaded(pipeline, tmp_path):

@@ -40,6 +40,7 @@ ATTRIBUTION = {
     "animated-sticker": "Animated Noto Emoji (c) Google",
     "animated-sticker-lingen": "Animated Noto Emoji (c) Google",
     "interpolation": "Animated Noto Emoji (c) Google",
+    "sound": "FluidR3 GM (c) Frank Wen",
     "voice": "Carnegie Mellon University Flite",
 }
 

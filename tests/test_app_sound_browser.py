@@ -62,7 +62,7 @@ def test_stop_keeps_what_was_spoken(page, held):
 
 
 def test_effects_and_errors(page):
-    page.get_by_role("tab", name="Sound effects").click()
+    page.get_by_role("tab", name="Sounds").click()
     page.locator("#caption textarea").fill("a bell")
     page.locator("#variants").get_by_label("2", exact=True).check()
     page.locator("#make-sound").click()

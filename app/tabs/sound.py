@@ -115,7 +115,7 @@ def sound_tab(studio: Studio, owner: gr.BrowserState) -> list[Shown]:
     with gr.Tabs(elem_id="sound-tabs"):
         with gr.Tab("Speech"):
             shown = _speech_part(studio, owner)
-        with gr.Tab("Sound effects"):
+        with gr.Tab("Sounds"):
             shown += _sound_part(studio, owner)
         with gr.Tab("Codecs"):
             shown += _codec_part(studio, owner)

@@ -4,7 +4,6 @@ whether a note is the one that was asked for."""
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,7 +23,7 @@ from ..modalities.audio import log_mel, resample
 from ..modalities.audio_datasets import SoundPack, open_audio_dataset, read_mono
 from ..modalities.errors import InputError
 from ..modalities.files import atomic_path
-from ..modalities.pitch import NOTES
+from ..modalities.pitch import NOTES, named_note
 from ..pipelines.seeds import seed_generators
 
 if TYPE_CHECKING:
@@ -32,13 +31,12 @@ if TYPE_CHECKING:
 
 RATE, SECONDS, MELS, HOP = 16_000, 3.0, 64, 256
 FRAMES = 1 + round(SECONDS * RATE) // HOP
-# About 75 dB below a tone at full scale: what is quieter tells a file's making, not its sound.
+# Nearly 80 dB below a tone at full scale: what is quieter tells a file's making, not its sound.
 FLOOR = 0.05
 # Labels of fewer training sounds than this are left out.
 FEWEST = 4
 BATCH = 32
 KINDS = ("recordings", "reconstructions", "generated")
-NOTE = re.compile(r"\bplaying an? (?:long |short )?([A-G](?: sharp| flat)?) note\b")
 
 
 def features(audio: Tensor, sample_rate: int) -> Tensor:
@@ -108,12 +106,6 @@ def accuracy(model: LabelClassifier, mels: Tensor, labels: Sequence[str]) -> dic
         "top1": float((best[:, :1] == targets).float().mean()),
         "top5": float((best == targets).any(-1).float().mean()),
     }
-
-
-def named_note(caption: str) -> str | None:
-    """The note that a caption names, of `NOTES`, whatever its octave."""
-    found = NOTE.search(caption)
-    return found[1] if found and found[1] in NOTES else None
 
 
 def strongest_note(audio: Tensor, sample_rate: int) -> str:

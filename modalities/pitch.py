@@ -11,7 +11,7 @@ from .audio import resample
 
 NOTES = ["C", "C sharp", "D", "E flat", "E", "F", "F sharp", "G", "A flat", "A", "B flat", "B"]
 # "a long C note", "a A flat major chord", "a scale in F sharp minor".
-NAMED = re.compile(r"\b([A-G](?: sharp| flat)?)(?= (?:note|major|minor)\b)")
+NAMED = re.compile(rf"\b({'|'.join(NOTES)})(?= (note|major|minor)\b)")
 
 
 def transposed(audio: Tensor, semitones: int) -> Tensor:
@@ -23,10 +23,9 @@ def transposed(audio: Tensor, semitones: int) -> Tensor:
 
 def transposed_caption(caption: str, semitones: int) -> str:
     """The caption with the notes and keys that it names moved; others, such as "E sharp", stay."""
+    return NAMED.sub(lambda found: NOTES[(NOTES.index(found[1]) + semitones) % len(NOTES)], caption)
 
-    def moved(match: re.Match[str]) -> str:
-        if match[1] not in NOTES:
-            return match[1]
-        return NOTES[(NOTES.index(match[1]) + semitones) % len(NOTES)]
 
-    return NAMED.sub(moved, caption)
+def named_note(caption: str) -> str | None:
+    """The note that a caption asks for, of `NOTES`, whatever its octave; None for chords and keys."""
+    return next((found[1] for found in NAMED.finditer(caption) if found[2] == "note"), None)

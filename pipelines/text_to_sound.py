@@ -46,7 +46,7 @@ class TextToSoundPipeline(DiffusionPipeline):
     """Captions to sounds over the tokens of a codec.
 
     Example:
-        >>> pipe = TextToSoundPipeline.from_pretrained("runs/sound")
+        >>> pipe = TextToSoundPipeline.from_pretrained("sound")
         >>> sound = pipe("a plucked guitar playing a C major chord")
         >>> save_audio(sound.sounds[0], sound.sample_rate, "guitar.wav")
 

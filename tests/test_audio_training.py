@@ -20,6 +20,7 @@ from tessera.tokenizers.auto import AutoTokenizer
 from tessera.tokenizers.quantizers.rvq import ResidualVQ
 from tessera.training.config import load_recipe
 from tessera.training.id_warm_start import ids_of_codes
+from tessera.training.registry import TASKS
 from tessera.training.trainer import train
 
 RATE = 4000
@@ -225,6 +226,31 @@ def test_sounds_are_learnt_over_any_codec_with_ids(runs, tmp_path):
     train(recipe("sound-generator", tmp_path / "c", start="random", **plain))
     with pytest.raises(InputError, match='Unknown start "smooth": choose from codes, random'):
         train(recipe("sound-generator", tmp_path / "d", start="smooth", **plain))
+
+
+def test_sounds_are_heard_in_several_keys_and_batched_by_length(runs, tmp_path):
+    notes = ["C", "D", "E", "F", "G", "A", "B", "E flat"]
+    rows = [{"caption": f"bell playing a {n} note", "label": n, "kind": "note"} for n in notes]
+    keys = pack(tmp_path / "keys", "sounds.jsonl", rows, 0.5)
+    options = {"codec": runs / "sound-codec" / "model", "data.root": keys, **SHORT}
+    options |= {"data.semitones": 1, "data.offsets": 2, "data.caption_dropout": 0.0}
+    task = TASKS["sound"](
+        recipe("sound-generator", tmp_path / "run", **options), torch.device("cpu")
+    )
+    heard = [caption for caption, _ in task.readings[0]]
+    wanted = ["B", "B", "C", "C", "C sharp", "C sharp"]
+    assert heard == [f"bell playing a {note} note" for note in wanted]
+    low, same, high = (tokens.shape for _, tokens in task.readings[0][::2])
+    assert low[0] == same[0] == high[0] == 4 and low[1] > same[1] > high[1]
+    # Eight batches of one sound are an epoch, from short to long.
+    task.readings = [[(str(i), readings[0][1])] for i, readings in enumerate(task.readings)]
+    task.lengths = torch.tensor([5, 3, 8, 1, 7, 2, 6, 4])
+    for epoch in range(2):
+        batches = [
+            task.batch(8 * epoch + i, 1, torch.Generator(), slice(0, 1))["captions"][0]
+            for i in range(8)
+        ]
+        assert batches == [str(int(i)) for i in task.lengths.argsort()]
 
 
 def test_a_codec_is_no_generator(runs, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tessera.modalities.pitch import transposed, transposed_caption
+from tessera.modalities.pitch import named_note, transposed, transposed_caption
 
 
 @pytest.mark.parametrize("semitones", [-12, -4, -1, 0, 1, 3, 7])
@@ -36,3 +36,16 @@ def test_a_tone_is_moved_by_semitones(semitones):
 )
 def test_notes_of_captions_move_with_them(caption, semitones, wanted):
     assert transposed_caption(caption, semitones) == wanted
+
+
+@pytest.mark.parametrize(
+    ("caption", "note"),
+    [
+        ("flute playing a long C sharp note", "C sharp"),
+        ("a kalimba playing a B note", "B"),
+        ("kalimba playing a E flat major chord", None),
+        ("a note of thanks", None),
+    ],
+)
+def test_notes_are_named(caption, note):
+    assert named_note(caption) == note

@@ -45,6 +45,14 @@ ATTRIBUTION = {
 }
 
 
+# Task, size in MB that it must stay under, and what its card must say of its data.
+PACKAGES = {
+    "animated-sticker": ("text-to-video", 40, ("Animated Noto Emoji (c) Google, CC BY 4.0",)),
+    "sound": ("text-to-sound", 15.5, ("FluidR3 GM (c) Frank Wen", "CC BY 3.0")),
+    "voice": ("text-to-speech", 24.5, ("CC0", "Carnegie Mellon University Flite")),
+}
+
+
 @pytest.fixture(scope="module")
 def pipe() -> TextToImagePipeline:
     pipe = TextToImagePipeline.from_pretrained("sticker")
@@ -67,6 +75,16 @@ def test_a_shipped_model_is_complete_and_safe(name):
             with safe_open(path, "pt") as weights:
                 for key in weights.keys():  # noqa: SIM118 (it is no dict)
                     assert weights.get_tensor(key).isfinite().all(), f"{path} {key}"
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_package_says_what_it_is(name):
+    task, megabytes, words = PACKAGES[name]
+    info = model_info(name)
+    assert (info.task, info.license_weights) == (task, "Apache-2.0")
+    card = (info.folder / "README.md").read_text(encoding="utf8")
+    assert all(each in card for each in words)
+    assert sum(path.stat().st_size for path in info.folder.rglob("*")) < megabytes * 1e6
 
 
 def test_the_same_seed_gives_the_same_tokens_alone_in_a_batch_and_on_any_threads(pipe):

@@ -19,7 +19,6 @@ from tessera.evaluation.sound import (
     MELS,
     evaluate_sound,
     features,
-    named_note,
     strongest_note,
 )
 from tessera.evaluation.voice import Spoken, evaluate_voice, long_text, phone_count
@@ -152,19 +151,6 @@ def test_the_strongest_note_is_that_of_the_first_harmonics():
         sound = sum(torch.sin(2 * torch.pi * hertz * k * time) / k for k in (1, 2, 3, 4))
         assert strongest_note(0.1 * sound[None], 24_000) == note
     assert strongest_note(torch.zeros(1, 10), 24_000) in NOTES
-
-
-@pytest.mark.parametrize(
-    ("caption", "note"),
-    [
-        ("flute playing a long C sharp note", "C sharp"),
-        ("a kalimba playing a B note", "B"),
-        ("kalimba playing a E flat major chord", None),
-        ("a note of thanks", None),
-    ],
-)
-def test_notes_are_named(caption, note):
-    assert named_note(caption) == note
 
 
 def test_evaluate_sound(sound_pack, tmp_path):

@@ -320,6 +320,7 @@ class SoundTask(Task):
                 caption = transposed_caption(caption, semitones)
                 moved = transposed(sound.float(), semitones)
                 readings.extend((caption, tokens) for tokens in self.tokenize(moved))
+        self.lengths = torch.tensor([readings[0][1].shape[1] for readings in self.readings])
 
     @torch.no_grad()
     def tokenize(self, sound: Tensor) -> list[Tensor]:
@@ -336,12 +337,10 @@ class SoundTask(Task):
     def batch(
         self, index: int, size: int, generator: torch.Generator, rows: slice
     ) -> dict[str, Any]:
-        drawn = shuffled_index(
-            index // BATCHES, BATCHES * size, len(self.readings), self.recipe["seed"]
-        )
-        lengths = torch.tensor([self.readings[int(item)][0][1].shape[1] for item in drawn])
-        first = index % BATCHES * size
-        picked = drawn[lengths.argsort(stable=True)[first : first + size]][rows]
+        group, place = divmod(index, BATCHES)
+        drawn = shuffled_index(group, BATCHES * size, len(self.lengths), self.recipe["seed"])
+        by_length = drawn[self.lengths[drawn].argsort(stable=True)]
+        picked = by_length.split(size)[place][rows]
         draws = torch.rand(size, 2, generator=generator)[rows].tolist()
         tokens, captions = [], []
         for item, (which, drop) in zip(picked.tolist(), draws, strict=True):
